@@ -1,0 +1,219 @@
+"""LoRA: low-rank adaptation.
+
+Sources: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv
+2106.09685), equation 3; Kalajdzievski 2023, "A Rank Stabilization Scaling Factor" (arXiv
+2312.03732) for ``scaling="rslora"``.
+
+    y = W x + b + s B A dropout(x)
+
+    x [d_in]     input of the layer          A [r, d_in]    trainable
+    y [d_out]    output                      B [d_out, r]   trainable
+    W, b         frozen                      s              alpha / r, or alpha / √r (rslora)
+
+Identity at t = 0: B starts at zero, or (``init="pissa"``) what acts is s (B A − B0 A0)
+with B = B0 and A = A0, see ``lorasmith.init``.
+
+ΔW = s B A, whatever W is: works on quantised layers, fuses exactly up to rounding.
+
+Files: PEFT's ``LORA``. Where an initialisation took over a part of W, PEFT is given one
+pair of factors of rank 2r ([A; A0], [B, −B0]) whose alpha is raised such that s stays the
+same; PEFT then needs to know nothing of the initialisation, and must not: a
+configuration that names it would make PEFT move the base weights again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lorasmith.core import lowrank
+from lorasmith.core.config import LowRankConfig
+from lorasmith.core.hooks import owns_output
+from lorasmith.core.layers import LayerInfo
+from lorasmith.core.variant import (
+    BaseLayer,
+    Factors,
+    LayerState,
+    NewTensors,
+    TensorSpec,
+    Variant,
+)
+from lorasmith.errors import ConfigError
+from lorasmith.init import get_initialisation
+from lorasmith.init.types import Shape
+
+__all__ = ["LoRA", "LoRAConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(LowRankConfig):
+    """Configuration of LoRA; the fields are those of ``LowRankConfig``."""
+
+    variant: ClassVar[str] = "lora"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        get_initialisation(self.init)
+
+
+class LoRA(Variant):
+    """y = W x + b + s B A dropout(x)."""
+
+    name = "lora"
+    config_class = LoRAConfig
+    peft_type = "LORA"
+
+    def new_tensors(self, base: BaseLayer, config: LowRankConfig) -> NewTensors:
+        info = base.info
+        anchor = next(base.module.parameters(), None)
+        shape = Shape(
+            info.d_out, info.d_in, torch.device("cpu") if anchor is None else anchor.device
+        )
+        start = get_initialisation(config.init)(
+            lambda: base.weight, shape, config.rank_of(info.name), config.scaling_of(info.name)
+        )
+        trainable = {"A": start.A, "B": start.B}
+        frozen = {"A0": start.A, "B0": start.B} if start.takes_over else {}
+        return NewTensors(trainable, frozen)
+
+    def before(self, state: LayerState, x: Tensor, base: BaseLayer) -> tuple[Tensor, Tensor]:
+        config: LowRankConfig = state.config  # type: ignore[assignment]
+        return lowrank.down(
+            x,
+            state["A"],
+            A0=state["A0"] if "A0" in state else None,
+            dropout=config.dropout if state.training else 0.0,
+            owned=owns_output(base.module, base),
+        )
+
+    def after(self, state: LayerState, y: Tensor, carry: Tensor, base: BaseLayer) -> Tensor:
+        return lowrank.up(
+            y,
+            carry,
+            state["B"],
+            scaling(state),
+            B0=state["B0"] if "B0" in state else None,
+            owned=owns_output(base.module, base),
+        )
+
+    def effective_weight(self, state: LayerState, weight: Tensor) -> Tensor:
+        factors = self.factors(state)
+        return weight + factors.delta(weight.dtype)
+
+    def factors(self, state: LayerState) -> Factors:
+        return Factors(
+            state["A"],
+            state["B"],
+            scaling(state),
+            state["A0"] if "A0" in state else None,
+            state["B0"] if "B0" in state else None,
+        )
+
+    # -- files -----------------------------------------------------------------------
+
+    def shapes(self, config: LowRankConfig, info: LayerInfo) -> dict[str, tuple[int, ...]]:
+        rank = config.rank_of(info.name)
+        return {"A": (rank, info.d_in), "B": (info.d_out, rank)}
+
+    def tensor_specs(self, config: LowRankConfig, info: LayerInfo) -> dict[str, TensorSpec]:
+        shapes = self.shapes(config, info)
+        return {
+            "A": TensorSpec("lora_A.weight", shapes["A"]),
+            "B": TensorSpec("lora_B.weight", shapes["B"]),
+        }
+
+    def sizes_from_file(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+        return shapes["lora_A.weight"][1], shapes["lora_B.weight"][0]
+
+    def to_peft(self, config: LowRankConfig, modules: Mapping[str, LayerInfo]) -> dict[str, Any]:
+        return {
+            "r": config.r,
+            "lora_alpha": config.alpha,
+            "lora_dropout": config.dropout,
+            "use_rslora": config.scaling == "rslora",
+            "use_dora": False,
+            "rank_pattern": dict(config.rank_pattern),
+            "alpha_pattern": dict(config.alpha_pattern),
+            "bias": "none",
+            "lora_bias": False,
+            "fan_in_fan_out": any(i.kind == "conv1d" for i in modules.values()),
+            # Never the name of the initialisation: PEFT would run it again on load.
+            "init_lora_weights": True,
+        }
+
+    def from_peft(self, fields: Mapping[str, Any], common: Mapping[str, Any]) -> LoRAConfig | None:
+        if fields.get("peft_type") != self.peft_type or fields.get("use_dora"):
+            return None
+        return LoRAConfig(**low_rank_fields(fields), **common)
+
+
+def scaling(state: LayerState) -> float:
+    """s of a low-rank adapter on its layer."""
+    config: LowRankConfig = state.config  # type: ignore[assignment]
+    return config.scaling_of(state.info.name)
+
+
+#: PEFT fields that change what a LoRA layer computes and that we do not have, with the
+#: value at which they do nothing.
+_UNSUPPORTED = {
+    "bias": "none",
+    "lora_bias": False,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "layer_replication": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "velora_config": None,
+}
+
+
+def low_rank_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Our low-rank fields from those of PEFT's ``LoraConfig``.
+
+    ``init_lora_weights`` is left aside on purpose: the tensors in the file are all there
+    is to load, and running an initialisation again would change the base.
+
+    Raises:
+        ConfigError: If the file uses a feature that would change the result and that
+            lorasmith does not have.
+    """
+    for key, neutral in _UNSUPPORTED.items():
+        value = fields.get(key, neutral)
+        if value != neutral and value not in (None, [], {}):
+            raise ConfigError(
+                f"The adapter uses PEFT's {key}, which lorasmith cannot reproduce.",
+                expected=f"{key} = {neutral!r}",
+                got=repr(value),
+                key=key,
+            )
+    return {
+        "r": fields.get("r", 8),
+        "alpha": fields.get("lora_alpha", 8),
+        "dropout": fields.get("lora_dropout") or 0.0,
+        "scaling": "rslora" if fields.get("use_rslora") else "standard",
+        "rank_pattern": fields.get("rank_pattern") or {},
+        "alpha_pattern": fields.get("alpha_pattern") or {},
+    }
+
+
+def doubled(config: LowRankConfig) -> LowRankConfig:
+    """The configuration of a pair of rank 2r that has the same scaling s."""
+    from dataclasses import replace
+
+    factor = math.sqrt(2) if config.scaling == "rslora" else 2
+    return replace(
+        config,
+        r=2 * config.r,
+        alpha=factor * config.alpha,
+        rank_pattern={k: 2 * v for k, v in config.rank_pattern.items()},
+        alpha_pattern={k: factor * v for k, v in config.alpha_pattern.items()},
+    )

@@ -1,0 +1,308 @@
+"""Attaching, detaching and choosing adapters.
+
+Each call either does all of what it says or leaves the model as it was: everything that
+can fail is computed before the model is touched, and what touches it can be undone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorasmith.core import hooks
+from lorasmith.core.adapter import (
+    Adapter,
+    ModelState,
+    adapters,
+    check_name,
+    get_adapter,
+    set_state,
+    state_of,
+    unwrap,
+)
+from lorasmith.core.config import AdapterConfig
+from lorasmith.core.fusing import fused_name, unfuse
+from lorasmith.core.registry import variant_of
+from lorasmith.core.state import (
+    SAVED,
+    SLOT,
+    AdapterSlot,
+    LayerAdapter,
+    SavedModule,
+    saved_modules,
+    slot_of,
+    slots,
+)
+from lorasmith.core.targets import find_modules, select
+from lorasmith.core.variant import BaseLayer
+from lorasmith.errors import AttachError, ConfigError
+
+__all__ = ["attach", "detach", "use"]
+
+
+def attach(
+    model: nn.Module,
+    config: AdapterConfig,
+    *,
+    name: str = "default",
+    calibration: Iterable[Any] | None = None,
+) -> Adapter:
+    """Attaches a new adapter to a model and makes it the active one.
+
+    The model's modules stay in place; adapters act through forward hooks. All base
+    parameters are frozen (:func:`detach` gives their flags back). The adapter's tensors
+    are float32 whatever the base's dtype; products are computed in the dtype of the
+    layer's input. Adapters attached earlier keep their tensors and stay as trainable as
+    they were, but no longer act: see :func:`use`.
+
+    Args:
+        model: Any ``nn.Module`` with linear-like layers.
+        config: E.g. ``LoRAConfig(r=16)``.
+        name: Name of the adapter: letters, digits, ``_`` and ``-``.
+        calibration: Batches for initialisations that look at data.
+
+    Returns:
+        A handle to the adapter.
+
+    Raises:
+        ConfigError: If the configuration cannot work on this model.
+        TargetError: If no layer matches.
+        AttachError: If the name is taken or the model's state does not allow it.
+    """
+    root = unwrap(model)
+    variant = variant_of(config)
+    check_free(root, name)
+    if calibration is not None:
+        raise ConfigError(
+            f"{type(config).__name__} takes no calibration data as it is configured.",
+            expected="calibration=None",
+            key="calibration",
+        )
+    chosen = select(root, config)
+    parts = {}
+    with torch.no_grad():
+        for candidate in chosen:
+            base = BaseLayer(candidate.module, candidate.info)
+            part = LayerAdapter(variant, config, candidate.info, variant.new_tensors(base, config))
+            parts[candidate.info.name] = part
+        copies = {n: trainable_copy(m) for n, m in find_modules(root, config.modules_to_save)}
+    return put(root, name, config, parts, copies, trainable=True)
+
+
+def check_free(root: nn.Module, name: str) -> None:
+    """Raises an ``AttachError`` or ``ConfigError`` unless ``name`` can be attached now."""
+    check_name(name)
+    state = state_of(root)
+    if state is not None and name in state.configs:
+        raise AttachError(
+            f"The model already has an adapter named {name!r}.",
+            expected="a name that is not among " + ", ".join(state.configs),
+            got=name,
+            fix=f"detach(model, {name!r}) first, or choose another name",
+            key="name",
+        )
+    fused = fused_name(root)
+    if fused is not None:
+        raise AttachError(
+            f"The adapter {fused!r} is fused into the base weights.",
+            fix="unfuse(model) first: a new adapter would be built on changed weights",
+        )
+    if hasattr(root, "peft_config"):
+        raise AttachError(
+            "The model carries adapters of HF PEFT.",
+            expected="a base model",
+            got=type(root).__name__,
+            fix="model.unload() gives the base model back; lorasmith.load reads PEFT's directories",
+        )
+
+
+def trainable_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module with float32 parameters that require gradients."""
+    if any(p.is_meta for p in module.parameters()):
+        made = copy.deepcopy(module)
+    else:
+        made = copy.deepcopy(module).to(torch.float32)
+    for inner in made.modules():
+        if SLOT in inner._modules:
+            hooks.uninstall(inner)
+        if SAVED in inner._modules:
+            hooks.uninstall_saved(inner)
+    return made.requires_grad_(True)
+
+
+def put(
+    root: nn.Module,
+    name: str,
+    config: AdapterConfig,
+    parts: Mapping[str, LayerAdapter],
+    copies: Mapping[str, nn.Module],
+    *,
+    trainable: bool,
+) -> Adapter:
+    """Puts finished tensors on the model: the one place where adapters enter it.
+
+    Args:
+        root: The unwrapped model.
+        name: A free name, see :func:`check_free`.
+        config: Configuration of the adapter.
+        parts: Module name → tensors.
+        copies: Module name → trainable copy.
+        trainable: Whether the adapter is to be trained.
+    """
+    before = state_of(root)
+    state = before or ModelState(
+        {n: p.requires_grad for n, p in root.named_parameters() if not _ours(n)}
+    )
+    previous_active = state.active
+    try:
+        for module_name, part in parts.items():
+            module = root.get_submodule(module_name)
+            slot = slot_of(module)
+            if slot is None:
+                slot = AdapterSlot(part.info)
+                slot.train(module.training)
+                hooks.install(module, slot)
+            part.train(module.training)
+            slot.put(name, part)
+        for module_name, made in copies.items():
+            module = root.get_submodule(module_name)
+            saved = module._modules.get(SAVED)
+            if not isinstance(saved, SavedModule):
+                saved = SavedModule(module_name)
+                saved.train(module.training)
+                hooks.install_saved(module, saved)
+            made.train(module.training)
+            saved.put(name, made)
+        state.configs[name] = config
+        set_state(root, state)
+        adapter = Adapter(root, name).requires_grad_(trainable)
+        for parameter_name in state.requires_grad:
+            root.get_parameter(parameter_name).requires_grad_(False)
+        _activate(root, state, name)
+    except BaseException:
+        state.configs.pop(name, None)
+        _remove(root, name)
+        if before is None:
+            _restore_flags(root, state)
+            set_state(root, None)
+        else:
+            _activate(root, state, previous_active)
+        raise
+    return adapter
+
+
+def _ours(parameter_name: str) -> bool:
+    parts = parameter_name.split(".")
+    return SLOT in parts or SAVED in parts
+
+
+def _restore_flags(root: nn.Module, state: ModelState) -> None:
+    current = dict(root.named_parameters())
+    for name, flag in state.requires_grad.items():
+        if name in current:
+            current[name].requires_grad_(flag)
+
+
+def _remove(root: nn.Module, name: str) -> None:
+    """Takes an adapter's tensors off, and slots and hooks that have become empty."""
+    for _, module, slot in list(slots(root)):
+        if slot.get(name) is not None:
+            slot.remove(name)
+        if not slot.names():
+            hooks.uninstall(module)
+    for _, module, saved in list(saved_modules(root)):
+        if saved.get(name) is not None:
+            saved.remove(name)
+        if not saved.names():
+            hooks.uninstall_saved(module)
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Takes an adapter, or with ``None`` all of them, off a model.
+
+    The base model is left bit for bit as it was before: weights (an adapter that is
+    fused is unfused first), hooks, ``requires_grad`` flags. If the active adapter goes
+    and others stay, none is active until :func:`use` says so.
+
+    Raises:
+        UnknownNameError: If there is no adapter of that name.
+        FuseError: If the adapter is fused and the original weights were not kept.
+    """
+    root = unwrap(model)
+    names = list(adapters(root)) if name is None else [get_adapter(root, name).name]
+    if fused_name(root) in names:
+        unfuse(root)
+    state = state_of(root)
+    if state is None:
+        return
+    for each in names:
+        _remove(root, each)
+        del state.configs[each]
+        if state.active == each:
+            state.active = None
+    if not state.configs:
+        _restore_flags(root, state)
+        set_state(root, None)
+
+
+def _activate(root: nn.Module, state: ModelState, name: str | None) -> None:
+    for _, _, slot in slots(root):
+        part = None if name is None else slot.get(name)
+        slot.live = () if part is None else (part,)
+    for _, _, saved in saved_modules(root):
+        saved.live = name if name is not None and saved.get(name) is not None else None
+    state.active = name
+
+
+class _Use:
+    """What :func:`use` returns: a context manager that may also be ignored."""
+
+    def __init__(self, root: nn.Module, previous: str | None) -> None:
+        self._root = root
+        self._previous = previous
+
+    def __enter__(self) -> _Use:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        state = state_of(self._root)
+        if state is not None and (self._previous is None or self._previous in state.configs):
+            _activate(self._root, state, self._previous)
+
+
+def use(model: nn.Module, name: str | None) -> _Use:
+    """Makes one adapter act, or with ``None`` the base model alone.
+
+    Takes effect at once; as a context manager (``with use(model, None): ...``) it
+    returns to the adapter that acted before.
+
+    Raises:
+        UnknownNameError: If there is no adapter of that name.
+        AttachError: If an adapter is fused into the base weights.
+    """
+    root = unwrap(model)
+    if name is not None:
+        name = get_adapter(root, name).name
+    state = state_of(root)
+    if state is None:
+        return _Use(root, None)
+    fused = fused_name(root)
+    if fused is not None and name != fused:
+        raise AttachError(
+            f"The adapter {fused!r} is fused into the base weights, so no other can act alone.",
+            fix="unfuse(model) first",
+        )
+    previous = state.active
+    if fused is None:
+        _activate(root, state, name)
+    return _Use(root, previous)

@@ -1,0 +1,210 @@
+"""Adapter configurations: frozen dataclasses that validate themselves.
+
+The same field has the same name and meaning in every variant. A configuration never
+holds a tensor, a model or a path, so it can be compared, printed and written as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias
+
+from lorasmith.core.patterns import first_matching_key
+from lorasmith.errors import ConfigError
+
+__all__ = ["AdapterConfig", "LowRankConfig", "Targets"]
+
+Targets: TypeAlias = str | Sequence[str]
+
+SCALINGS = ("standard", "rslora")
+
+
+def _names(value: Targets | None, field_name: str) -> tuple[str, ...]:
+    """Brings a string or a sequence of strings into a tuple without losing its order."""
+    if value is None:
+        return ()
+    items = (value,) if isinstance(value, str) else tuple(value)
+    for item in items:
+        if not isinstance(item, str) or not item:
+            raise ConfigError(
+                f"{field_name} holds something that is not a name.",
+                expected="a string or a sequence of non-empty strings",
+                got=repr(value),
+                key=field_name,
+            )
+    return items
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What every variant can be told.
+
+    Args:
+        targets: Which layers to adapt: ``"all-linear"`` (every linear-like layer but the
+            output head), a role (``"attention"``, ``"mlp"``, ``"reader"``, ``"writer"``,
+            ``"inner"``), a module name or the end of one (``"q_proj"``,
+            ``"layers.0.mlp.up_proj"``), a glob (``"*.self_attn.?_proj"``) or a regular
+            expression marked ``"re:"`` that must match the whole module name. A sequence
+            takes the union.
+        exclude: The same forms; what they match is left out.
+        layers: Indices of the transformer blocks to adapt, negative ones counted from
+            the last block. ``None`` adapts all of them.
+        modules_to_save: Names of modules (ends of names, as in ``targets``) that are
+            trained as a whole, as a copy, and saved beside the adapter, e.g. the new
+            classification head of a sequence classifier.
+
+    Raises:
+        ConfigError: If a value cannot be used.
+    """
+
+    #: Name of the variant in the registry.
+    variant: ClassVar[str] = ""
+
+    targets: Targets = "all-linear"
+    exclude: Targets = ()
+    layers: Sequence[int] | None = None
+    modules_to_save: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        targets = _names(self.targets, "targets")
+        if not targets:
+            raise ConfigError(
+                "targets is empty, so no layer would be adapted.",
+                expected='"all-linear", a role, names, a glob or "re:<expression>"',
+                key="targets",
+            )
+        # A lone string stays one: it is how people write it and how it reads back.
+        self._set("targets", targets[0] if len(targets) == 1 else targets)
+        self._set("exclude", _names(self.exclude, "exclude"))
+        self._set("modules_to_save", _names(self.modules_to_save, "modules_to_save"))
+        if self.layers is not None:
+            layers = tuple(self.layers)
+            if not layers or not all(type(i) is int for i in layers):
+                raise ConfigError(
+                    "layers holds something that is not an index.",
+                    expected="a non-empty sequence of integers, or None for all layers",
+                    got=repr(self.layers),
+                    key="layers",
+                )
+            self._set("layers", layers)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    @property
+    def target_list(self) -> tuple[str, ...]:
+        """``targets`` as a tuple, whatever form the user gave."""
+        return _names(self.targets, "targets")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and the variant's name, in types that JSON can hold."""
+        values: dict[str, Any] = {"variant": self.variant}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, tuple):
+                value = list(value)
+            elif isinstance(value, Mapping):
+                value = dict(value)
+            values[f.name] = value
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AdapterConfig:
+        """The inverse of :meth:`to_dict`; an unknown field is an error."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known - {"variant"})
+        if unknown:
+            raise ConfigError(
+                f"{cls.__name__} has no field {', '.join(map(repr, unknown))}.",
+                expected=f"fields among {', '.join(sorted(known))}",
+                got=", ".join(unknown),
+                key=unknown[0],
+            )
+        return cls(**{k: v for k, v in values.items() if k != "variant"})
+
+
+def _positive_int(value: object, key: str) -> None:
+    if type(value) is not int or value < 1:
+        raise ConfigError(
+            f"{key} is not a usable rank.",
+            expected="an integer of at least 1",
+            got=repr(value),
+            key=key,
+        )
+
+
+def _finite_number(value: object, key: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{key} is not a finite number.", got=repr(value), key=key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig(AdapterConfig):
+    """What every low-rank variant can be told, beyond :class:`AdapterConfig`.
+
+    Args:
+        r: Rank of the update, the number of rows of A and of columns of B.
+        alpha: Numerator of the scaling.
+        dropout: Probability with which an element of the input of A is zeroed during
+            training (elementwise, scaled up by 1 / (1 - dropout)); never applied to the
+            base layer's input.
+        scaling: ``"standard"`` for alpha / r (Hu et al. 2021, section 4.1) or
+            ``"rslora"`` for alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732).
+        init: Name of the initialisation, see ``lorasmith.init``.
+        rank_pattern: Module name, its end, or a regular expression for its end → rank
+            of the layers it matches (PEFT's rule: the first key that matches wins).
+        alpha_pattern: The same for alpha.
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    scaling: str = "standard"
+    init: str = "kaiming"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive_int(self.r, "r")
+        _finite_number(self.alpha, "alpha")
+        _finite_number(self.dropout, "dropout")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(
+                "dropout is not a probability below 1.",
+                expected="0 <= dropout < 1",
+                got=self.dropout,
+                key="dropout",
+            )
+        if self.scaling not in SCALINGS:
+            raise ConfigError(
+                "scaling is not a known rule.",
+                expected=" or ".join(SCALINGS),
+                got=repr(self.scaling),
+                key="scaling",
+            )
+        for key, rank in self.rank_pattern.items():
+            _positive_int(rank, f"rank_pattern[{key!r}]")
+        for key, alpha in self.alpha_pattern.items():
+            _finite_number(alpha, f"alpha_pattern[{key!r}]")
+        self._set("rank_pattern", dict(self.rank_pattern))
+        self._set("alpha_pattern", dict(self.alpha_pattern))
+
+    def rank_of(self, module_name: str) -> int:
+        """Rank for the layer of that name."""
+        key = first_matching_key(self.rank_pattern, module_name)
+        return self.r if key is None else self.rank_pattern[key]
+
+    def alpha_of(self, module_name: str) -> float:
+        """Alpha for the layer of that name."""
+        key = first_matching_key(self.alpha_pattern, module_name)
+        return self.alpha if key is None else self.alpha_pattern[key]
+
+    def scaling_of(self, module_name: str) -> float:
+        """The factor on B A for the layer of that name."""
+        rank = self.rank_of(module_name)
+        divisor = math.sqrt(rank) if self.scaling == "rslora" else rank
+        return self.alpha_of(module_name) / divisor

@@ -1,0 +1,177 @@
+"""The two forward hooks through which adapters act.
+
+Plain functions that find everything on the module they are called with, so a hooked
+model can be copied, pickled and compiled like any other. What ``before`` computes for
+``after`` travels on the input tensor itself (the hooks of one call share nothing else),
+which keeps the engine free of state between calls, hence safe under threads, recursion
+and exceptions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lorasmith.core.state import SAVED, SLOT, AdapterSlot, SavedModule
+from lorasmith.core.variant import BaseLayer
+from lorasmith.errors import AttachError
+
+__all__ = ["install", "install_saved", "uninstall", "uninstall_saved"]
+
+_CARRY = "_lorasmith_carry"
+#: Names under which linear-like layers take their input as a keyword.
+_INPUT_NAMES = ("input", "x", "hidden_states")
+
+
+def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any], slot: AdapterSlot) -> Tensor:
+    if args:
+        found = args[0]
+    elif len(kwargs) == 1:
+        found = next(iter(kwargs.values()))
+    else:
+        found = next((kwargs[n] for n in _INPUT_NAMES if n in kwargs), None)
+    if not isinstance(found, Tensor):
+        raise AttachError(
+            f"{slot.info.name} was called without a tensor that could be its input.",
+            expected="the input as first positional argument or as input=, x= or hidden_states=",
+            got=f"{len(args)} positional arguments and keywords {sorted(kwargs)}",
+            key=slot.info.name,
+        )
+    return found
+
+
+def _with_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], old: Tensor, new: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (new, *args[1:]), kwargs
+    return args, {k: new if v is old else v for k, v in kwargs.items()}
+
+
+def _early(slot: AdapterSlot) -> bool:
+    """Whether ``before`` must run before the base layer rather than after it."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return True
+    return any(a.variant.transforms_input for a in slot.live)
+
+
+def before_layer(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook: the live adapters act on the layer's input."""
+    slot: AdapterSlot = module._modules[SLOT]  # type: ignore[assignment]
+    live = slot.live
+    if not live or not _early(slot):
+        return None
+    base = BaseLayer(module, slot.info)
+    x = old = _input_of(args, kwargs, slot)
+    carries = []
+    for adapter in live:
+        x, carry = adapter.variant.before(adapter, x, base)
+        carries.append(carry)
+    if any(carry is not None for carry in carries):
+        if x is old:
+            # A tensor of our own to write on: the caller's may feed several layers.
+            x = x.view_as(x)
+        setattr(x, _CARRY, carries)
+    return None if x is old else _with_input(args, kwargs, old, x)
+
+
+def after_layer(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Tensor | None:
+    """Forward hook: the live adapters act on the layer's output."""
+    slot: AdapterSlot = module._modules[SLOT]  # type: ignore[assignment]
+    live = slot.live
+    if not live:
+        return None
+    base = BaseLayer(module, slot.info)
+    x = _input_of(args, kwargs, slot)
+    carries = None
+    if _early(slot):
+        if torch.compiler.is_compiling():
+            carries = [None] * len(live)
+        else:
+            carries = x.__dict__.pop(_CARRY, None) or [None] * len(live)
+    y: Tensor = output
+    if carries is None:
+        for adapter in live:
+            _, carry = adapter.variant.before(adapter, x, base)
+            y = adapter.variant.after(adapter, y, carry, base)
+    else:
+        for adapter, carry in zip(live, carries, strict=True):
+            y = adapter.variant.after(adapter, y, carry, base)
+    return y
+
+
+def owns_output(module: nn.Module, base: BaseLayer) -> bool:
+    """Whether the layer's output (and its input's gradient) has no reader but us.
+
+    Another forward hook on the layer may have kept the output, so then it is not ours.
+    """
+    return base.info.fresh_output and len(module._forward_hooks) == 1
+
+
+def replace_output(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    """Forward hook of ``modules_to_save``: the live copy's output stands in."""
+    saved: SavedModule = module._modules[SAVED]  # type: ignore[assignment]
+    copy = None if saved.live is None else saved.get(saved.live)
+    if copy is None:
+        return None
+    mine = next((p.dtype for p in copy.parameters() if p.is_floating_point()), None)
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point() and mine is not None:
+            return value.to(mine)
+        return value
+
+    result = copy(*map(cast, args), **{k: cast(v) for k, v in kwargs.items()})
+    if isinstance(result, Tensor) and isinstance(output, Tensor):
+        return result.to(output.dtype)
+    return result
+
+
+def install(module: nn.Module, slot: AdapterSlot) -> None:
+    """Puts a slot and its hooks on a layer."""
+    module.add_module(SLOT, slot)
+    module.register_forward_pre_hook(before_layer, with_kwargs=True)
+    module.register_forward_hook(after_layer, with_kwargs=True)
+
+
+def uninstall(module: nn.Module) -> None:
+    """Takes slot and hooks off a layer again."""
+    _drop_hooks(module, before_layer, after_layer)
+    del module._modules[SLOT]
+
+
+def install_saved(module: nn.Module, saved: SavedModule) -> None:
+    """Puts trainable copies and their hook on a module."""
+    module.add_module(SAVED, saved)
+    module.register_forward_hook(replace_output, with_kwargs=True)
+
+
+def uninstall_saved(module: nn.Module) -> None:
+    """Takes trainable copies and their hook off a module again."""
+    _drop_hooks(module, replace_output)
+    del module._modules[SAVED]
+
+
+def _drop_hooks(module: nn.Module, *functions: Any) -> None:
+    # By identity of the function: handles would be a second thing to keep, copy and
+    # pickle, and would point at the original after ``copy.deepcopy``.
+    for hooks, extra in (
+        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+        (
+            module._forward_hooks,
+            (module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
+        ),
+    ):
+        for key in [k for k, f in hooks.items() if f in functions]:
+            handle = RemovableHandle(hooks, extra_dict=list(extra))
+            handle.id = key
+            handle.remove()

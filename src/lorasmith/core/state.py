@@ -1,0 +1,205 @@
+"""Where the tensors of attached adapters live: one slot on each adapted layer.
+
+A slot is a child module of the layer, so that ``model.to``, ``parameters``,
+``state_dict``, ``copy.deepcopy``, pickling, DDP and FSDP see adapter tensors as they see
+any other. No module of the model is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.core.config import AdapterConfig
+from lorasmith.core.layers import LayerInfo
+from lorasmith.core.variant import NewTensors, Variant
+
+__all__ = [
+    "SAVED",
+    "SLOT",
+    "AdapterSlot",
+    "LayerAdapter",
+    "SavedModule",
+    "saved_modules",
+    "slot_of",
+    "slots",
+]
+
+#: Attribute under which a layer carries its slot.
+SLOT = "lorasmith"
+#: Attribute under which a module carries its trainable copies (``modules_to_save``).
+SAVED = "lorasmith_saved"
+
+
+class LayerAdapter(nn.Module):
+    """One adapter's tensors on one layer; satisfies ``core.variant.LayerState``.
+
+    Floating-point tensors stay float32 (or float64 if they were made so) when the model
+    is cast: in bfloat16 an AdamW step of 1e-4 on a gain of 1.0 rounds to nothing, so a
+    bfloat16 adapter would silently not train. Devices follow the model.
+    """
+
+    def __init__(
+        self, variant: Variant, config: AdapterConfig, info: LayerInfo, tensors: NewTensors
+    ) -> None:
+        super().__init__()
+        self.variant = variant
+        self.config = config
+        self.info = info
+        for name, value in tensors.trainable.items():
+            self.register_parameter(name, nn.Parameter(_master(value)))
+        for name, value in tensors.frozen.items():
+            self.register_buffer(name, _master(value))
+        #: Scratch for what a variant may keep between calls; never saved or copied.
+        self.cache: dict[str, Any] = {}
+
+    def __getitem__(self, tensor: str) -> Tensor:
+        value = self._parameters.get(tensor)
+        if value is None:
+            value = self._buffers[tensor]
+        assert value is not None
+        return value
+
+    def __contains__(self, tensor: object) -> bool:
+        return tensor in self._parameters or tensor in self._buffers
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors, trainable ones first."""
+        yield from self.named_parameters()
+        yield from self.named_buffers()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerAdapter:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype == tensor.dtype or not tensor.is_floating_point():
+                return moved
+            if moved.is_meta or tensor.is_meta:
+                return moved.to(tensor.dtype)
+            # Not ``moved.to(float32)``: the digits would already be lost.
+            return tensor.to(device=moved.device)
+
+        self.cache.clear()
+        super()._apply(keep_dtype, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cache": {}}
+
+    def extra_repr(self) -> str:
+        shapes = ", ".join(f"{n}{list(t.shape)}" for n, t in self.tensors())
+        return f"variant={self.variant.name}, {shapes}"
+
+
+def _master(value: Tensor) -> Tensor:
+    value = value.detach()
+    if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
+        value = value.to(torch.float32)
+    return value.clone(memory_format=torch.contiguous_format)
+
+
+class AdapterSlot(nn.Module):
+    """All adapters of one layer, and which of them act.
+
+    Attributes:
+        live: The adapters that act, in order. A plain tuple, replaced as a whole, so
+            that switching rebuilds no module and a forward sees one consistent set.
+        fused: Name of the adapter that is in the base weights at the moment.
+    """
+
+    def __init__(self, info: LayerInfo) -> None:
+        super().__init__()
+        self.info = info
+        self.live: tuple[LayerAdapter, ...] = ()
+        self.fused: str | None = None
+        self.originals: dict[str, Tensor] = {}
+
+    # Names of users may collide with attributes of nn.Module ("train", "type"), so
+    # they are never attributes themselves.
+    @staticmethod
+    def _key(name: str) -> str:
+        return f"adapter_{name}"
+
+    def get(self, name: str) -> LayerAdapter | None:
+        """The adapter of that name, or ``None``."""
+        found = self._modules.get(self._key(name))
+        assert found is None or isinstance(found, LayerAdapter)
+        return found
+
+    def put(self, name: str, adapter: LayerAdapter) -> None:
+        """Adds an adapter; it does not act until it is live."""
+        self.add_module(self._key(name), adapter)
+
+    def remove(self, name: str) -> None:
+        """Takes an adapter away."""
+        gone = self._modules.pop(self._key(name))
+        self.live = tuple(a for a in self.live if a is not gone)
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the adapters on this layer."""
+        return tuple(key.removeprefix("adapter_") for key in self._modules)
+
+
+class SavedModule(nn.Module):
+    """Trainable copies of one module, one for each adapter (``modules_to_save``).
+
+    The copy's output stands in for the module's. The module itself is not touched, so
+    that switching the adapter off gives the base model back bit for bit.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        #: Name of the adapter whose copy acts, or ``None`` for the module itself.
+        self.live: str | None = None
+
+    _key = staticmethod(AdapterSlot._key)
+
+    def get(self, name: str) -> nn.Module | None:
+        """The copy that belongs to the adapter of that name, or ``None``."""
+        return self._modules.get(self._key(name))
+
+    def put(self, name: str, copy: nn.Module) -> None:
+        """Adds a copy; it does not act until it is live."""
+        self.add_module(self._key(name), copy)
+
+    def remove(self, name: str) -> None:
+        """Takes a copy away."""
+        del self._modules[self._key(name)]
+        if self.live == name:
+            self.live = None
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the adapters that have a copy."""
+        return tuple(key.removeprefix("adapter_") for key in self._modules)
+
+
+def slot_of(module: nn.Module) -> AdapterSlot | None:
+    """The slot that a layer carries, or ``None``."""
+    found = module._modules.get(SLOT)
+    return found if isinstance(found, AdapterSlot) else None
+
+
+def slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSlot]]:
+    """(module name, layer, slot) of every adapted layer, in the model's order."""
+    for name, module in model.named_modules():
+        slot = slot_of(module)
+        if slot is not None:
+            yield name, module, slot
+
+
+def saved_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, SavedModule]]:
+    """(module name, module, its copies) of every module that is trained as a whole."""
+    for name, module in model.named_modules():
+        found = module._modules.get(SAVED)
+        if isinstance(found, SavedModule):
+            yield name, module, found
+
+
+def named_tensors(parts: Mapping[str, LayerAdapter]) -> Iterator[tuple[str, Tensor]]:
+    """(``"<module>.<tensor>"``, tensor) of one adapter on all its layers."""
+    for module_name, part in parts.items():
+        for tensor_name, tensor in part.tensors():
+            yield f"{module_name}.{tensor_name}", tensor

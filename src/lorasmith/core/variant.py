@@ -1,0 +1,249 @@
+"""What a variant is: the mathematics of one adapter family, without its bookkeeping.
+
+A variant says which tensors it adds to a layer, what they do to the layer's input or
+output, what weight the layer would need to act the same without them, and how PEFT
+names them in a file. Everything else (targets, hooks, dtypes, fusing, saving, strict
+loading) is written once in ``core`` and ``io`` and driven by these declarations.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.core.config import AdapterConfig
+from lorasmith.core.layers import LayerInfo, read_weight
+from lorasmith.errors import FuseError
+
+__all__ = ["BaseLayer", "Carry", "Factors", "LayerState", "NewTensors", "TensorSpec", "Variant"]
+
+#: What ``before`` hands to ``after`` of the same call.
+Carry = Any
+
+
+@dataclass(frozen=True)
+class NewTensors:
+    """The tensors that a variant adds to one layer.
+
+    Attributes:
+        trainable: Name → initial value. Kept in float32 whatever the base's dtype.
+        frozen: Name → value of what is needed but not trained (e.g. the part of W that
+            PiSSA takes over); also saved.
+    """
+
+    trainable: Mapping[str, Tensor]
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """How one tensor of a variant stands in a PEFT file.
+
+    Attributes:
+        key: What follows the module name, e.g. ``"lora_A.weight"``.
+        shape: Its shape in the file.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+
+
+class LayerState(Protocol):
+    """One adapter's tensors on one layer, attached to a model or read from a file."""
+
+    @property
+    def config(self) -> AdapterConfig: ...
+
+    @property
+    def info(self) -> LayerInfo: ...
+
+    @property
+    def training(self) -> bool: ...
+
+    def __getitem__(self, tensor: str) -> Tensor: ...
+
+    def __contains__(self, tensor: object) -> bool: ...
+
+
+@dataclass(frozen=True)
+class BaseLayer:
+    """The layer that an adapter sits on, as far as a variant may see it."""
+
+    module: nn.Module
+    info: LayerInfo
+
+    @property
+    def weight(self) -> Tensor:
+        """W [d_out, d_in], a detached view in the stored dtype."""
+        return read_weight(self.module, self.info)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """b [d_out], or ``None``."""
+        bias = getattr(self.module, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The low-rank view of an adapter on one layer, whoever made it.
+
+    ΔW = scaling · B A, or scaling · (B A − B0 A0) where an initialisation took B0 A0 out
+    of the base weight.
+
+    Attributes:
+        A: [r, d_in]; the live tensor, not a copy.
+        B: [d_out, r]; the live tensor.
+        scaling: The factor on B A.
+        A0, B0: The frozen part, of the same shapes as A and B, or ``None``.
+        exact: Whether W + ΔW is all that the adapter does. DoRA, for one, rescales the
+            rows of W + ΔW afterwards.
+        base: The layer underneath, where there is a model.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    A0: Tensor | None = None
+    B0: Tensor | None = None
+    exact: bool = True
+    base: BaseLayer | None = None
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of A."""
+        return self.A.shape[0]
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """One pair of factors for the whole update: rank 2r if there is a frozen part."""
+        if self.A0 is None or self.B0 is None:
+            return self.A, self.B
+        return torch.cat((self.A, self.A0)), torch.cat((self.B, -self.B0), dim=1)
+
+    def delta(self, dtype: torch.dtype | None = None) -> Tensor:
+        """ΔW [d_out, d_in], computed in ``dtype`` (default: that of A)."""
+        a, b = (t.detach().to(dtype or self.A.dtype) for t in self.stacked())
+        return torch.mm(b * self.scaling, a)
+
+
+class Variant(ABC):
+    """Base class of the adapter families; stateless, one instance is shared by all.
+
+    A subclass fills in the class attributes and the abstract methods. ``before`` and
+    ``after`` run on every forward: ``before`` on the layer's input, ``after`` on its
+    output.
+    """
+
+    #: Name in the registry, in configurations and on the command line.
+    name: ClassVar[str]
+    #: The configuration class; its ``variant`` attribute equals ``name``.
+    config_class: ClassVar[type[AdapterConfig]]
+    #: Whether the base layer must see another input than it would alone. If not,
+    #: ``before`` may be run after the base layer, which is what happens where no
+    #: gradient is needed and under ``torch.compile``.
+    transforms_input: ClassVar[bool] = False
+    #: PEFT's ``peft_type`` in files; a name of our own where PEFT has no such variant.
+    peft_type: ClassVar[str]
+
+    @abstractmethod
+    def new_tensors(self, base: BaseLayer, config: Any) -> NewTensors:
+        """The tensors for one layer, such that the adapted layer equals the base layer.
+
+        Args:
+            base: The layer. Its weight may only be read.
+            config: The variant's configuration.
+        """
+
+    def before(self, state: LayerState, x: Tensor, base: BaseLayer) -> tuple[Tensor, Carry]:
+        """Acts on the layer's input x [..., d_in]; gives the new input and the carry."""
+        return x, None
+
+    def after(self, state: LayerState, y: Tensor, carry: Carry, base: BaseLayer) -> Tensor:
+        """Acts on the layer's output y [..., d_out].
+
+        ``y`` may be overwritten only through ``core.lowrank``, which knows when that is
+        safe.
+        """
+        return y
+
+    @abstractmethod
+    def effective_weight(self, state: LayerState, weight: Tensor) -> Tensor:
+        """The weight [d_out, d_in] with which the bare layer acts like the adapted one.
+
+        Args:
+            weight: W [d_out, d_in] in the dtype in which to compute; must not be
+                modified.
+
+        Raises:
+            FuseError: If the variant depends on its input and cannot be fused.
+        """
+
+    def effective_bias(self, state: LayerState, bias: Tensor) -> Tensor:
+        """The bias [d_out] that goes with :meth:`effective_weight`. Default: unchanged."""
+        return bias
+
+    def factors(self, state: LayerState) -> Factors | None:
+        """The low-rank factors, or ``None`` where the variant has none."""
+        return None
+
+    # -- files -----------------------------------------------------------------------
+
+    @abstractmethod
+    def to_peft(self, config: Any, modules: Mapping[str, LayerInfo]) -> dict[str, Any]:
+        """The fields of PEFT's ``adapter_config.json`` that are the variant's own.
+
+        Target modules, base model, task type and the like are added by ``io``.
+        """
+
+    @abstractmethod
+    def from_peft(self, fields: Mapping[str, Any], common: Mapping[str, Any]) -> Any | None:
+        """The configuration that PEFT's ``fields`` describe, or ``None`` if not ours.
+
+        Args:
+            fields: The parsed ``adapter_config.json``.
+            common: Our fields ``targets``, ``exclude``, ``layers`` and
+                ``modules_to_save``, already translated.
+
+        Raises:
+            ConfigError: If the file is this variant's but asks for what we do not have.
+        """
+
+    @abstractmethod
+    def tensor_specs(self, config: Any, info: LayerInfo) -> dict[str, TensorSpec]:
+        """Tensor name → its place in a PEFT file, for one layer."""
+
+    @abstractmethod
+    def sizes_from_file(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+        """(d_in, d_out) of a layer, from its tensors in a file; 0 where they do not tell.
+
+        Args:
+            shapes: PEFT key (without the module name) → shape.
+        """
+
+    def to_file(self, state: LayerState) -> dict[str, Tensor]:
+        """PEFT key (without the module name) → tensor, ready to be written."""
+        specs = self.tensor_specs(state.config, state.info)
+        return {spec.key: state[n].reshape(spec.shape) for n, spec in specs.items()}
+
+    def from_file(self, config: Any, info: LayerInfo, tensors: Mapping[str, Tensor]) -> NewTensors:
+        """The inverse of :meth:`to_file`; ``tensors`` has exactly the specified keys."""
+        specs = self.tensor_specs(config, info)
+        shapes = self.shapes(config, info)
+        return NewTensors({n: tensors[s.key].reshape(shapes[n]) for n, s in specs.items()})
+
+    @abstractmethod
+    def shapes(self, config: Any, info: LayerInfo) -> dict[str, tuple[int, ...]]:
+        """Name → shape of the trainable tensors for one layer, from its sizes alone."""
+
+
+def cannot_fuse(variant: str, why: str) -> FuseError:
+    """The error of a variant that has no effective weight."""
+    return FuseError(
+        f"The variant {variant!r} cannot be fused into the base weights: {why}.",
+        fix="keep it attached, or convert it to LoRA",
+    )

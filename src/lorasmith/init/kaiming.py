@@ -1,0 +1,24 @@
+"""LoRA's usual start: A ~ U(−1/√d_in, 1/√d_in), B = 0.
+
+Source: the reference code of Hu et al. 2021 (arXiv 2106.09685), which gives A PyTorch's
+default for linear layers (Kaiming uniform with a = √5). ΔW = 0 since B = 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.init.types import Shape, Start
+
+__all__ = ["kaiming"]
+
+
+def kaiming(weight: Callable[[], Tensor], shape: Shape, rank: int, scaling: float) -> Start:
+    """A [r, d_in] Kaiming uniform, B [d_out, r] zero."""
+    a = torch.empty(rank, shape.d_in, device=shape.device)
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    return Start(a, torch.zeros(shape.d_out, rank, device=shape.device))
