@@ -24,6 +24,7 @@ __all__ = [
     "TargetError",
     "TrainingError",
     "UnknownNameError",
+    "UnsupportedFeatureError",
 ]
 
 
@@ -91,6 +92,13 @@ def _rebuild(kind: type[LorasmithError], fields: dict[str, object]) -> Lorasmith
 
 class ConfigError(LorasmithError, ValueError):
     """A configuration value is outside what it may be."""
+
+
+class UnsupportedFeatureError(ConfigError):
+    """A configuration of another library asks for something that lorasmith does not have.
+
+    ``key`` names the field; without it the rest of the configuration could be read.
+    """
 
 
 class UnknownNameError(LorasmithError, KeyError):

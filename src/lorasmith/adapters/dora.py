@@ -20,7 +20,7 @@ with ‖W_i‖² kept between calls, in float32 whatever the base's dtype. Where
 below 0.01 ‖W_i‖² the sum cancels; on CPU those rows are computed densely. Elsewhere (and
 under ``torch.compile``), where asking would stall the device, c_i² is kept above
 1e-6 ‖W_i‖²; a row that short has lost two digits. While no gradient is needed, the norms
-are kept until A, B or W change.
+are kept (on CPU) until A, B or W change.
 
 Deviations from the paper and PEFT: dropout acts on the low-rank path alone (PEFT also
 drops the base path's input, which would make the frozen layer noisy). A zero row of W has
@@ -32,11 +32,13 @@ Needs W in plain form (its rows' norms); fuses exactly up to rounding.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lorasmith.adapters.lora import LoRA, LoRAConfig, low_rank_fields, scaling
 from lorasmith.core import lowrank
@@ -108,24 +110,50 @@ class _Rescale(torch.autograd.Function):
         inverse = _inverse(norms)
         gain = (m * inverse).to(y.dtype)
         out = u * gain if bias is None else torch.addcmul(bias.to(y.dtype), u, gain)
-        ctx.save_for_backward(flat if ctx.needs_input_grad[4] else None, flat_h, b, gain, inverse)
+        saved_u = flat if ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(
+            saved_u, flat_h if ctx.needs_input_grad[2] else None, b, gain, inverse
+        )
         ctx.s, ctx.rank = s, B.shape[1]
         ctx.h_shape, ctx.h_dtype, ctx.b_dtype = h.shape, h.dtype, B.dtype
         return out
 
+    # Of a gradient that takes c for a constant there is no second derivative worth having:
+    # an error rather than a number.
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
         u, h, b, gain, inverse = ctx.saved_tensors
         flat = g.reshape(-1, g.shape[-1])
-        g_m = g_h = g_b = None
+        g_m = g_h = g_b = g_bias = None
         if ctx.needs_input_grad[4]:
-            g_m = (flat * u).sum(dim=0, dtype=inverse.dtype) * inverse
+            g_m = lowrank.column_dot(flat, u, inverse.dtype) * inverse
         g_u = flat * gain
         if ctx.needs_input_grad[1]:
             g_h = (g_u @ b).mul_(ctx.s).view(ctx.h_shape).to(ctx.h_dtype)
         if ctx.needs_input_grad[2]:
             g_b = (g_u.T @ h[:, : ctx.rank]).to(ctx.b_dtype).mul_(ctx.s)
-        return g_u.view(g.shape), g_h, g_b, None, g_m, None, None, None, None
+        if ctx.needs_input_grad[6]:  # the user trains the bias as well; y holds it once
+            g_bias = (flat * (1 - gain)).sum(dim=0)
+        return g_u.view(g.shape), g_h, g_b, None, g_m, None, g_bias, None, None
+
+
+def _fingerprint(factor: Tensor) -> tuple[float, float]:
+    """Changes whenever the values do, for all that training can do to them."""
+    return float(factor.sum()), float(torch.linalg.vector_norm(factor))
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which operations keep the dtypes they are given."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    """The dtype in which norms are computed: float32, or float64 for a float64 base."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _inverse(norms: Tensor) -> Tensor:
@@ -142,7 +170,7 @@ class DoRA(LoRA):
     def new_tensors(self, base: BaseLayer, config: LowRankConfig) -> NewTensors:
         low_rank = super().new_tensors(base, config)
         weight = base.weight
-        norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+        norms = torch.linalg.vector_norm(weight, dim=1, dtype=_wide(weight)).to(torch.float32)
         return NewTensors({**low_rank.trainable, "magnitude": norms}, low_rank.frozen)
 
     def after(self, state: LayerState, y: Tensor, carry: Tensor, base: BaseLayer) -> Tensor:
@@ -150,7 +178,7 @@ class DoRA(LoRA):
         B, m, s, bias = state["B"], state["magnitude"], scaling(state), base.bias
         B0 = state["B0"] if "B0" in state else None
         owned = owns_output(base.module, base)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if lowrank.fast(y):
             out: Tensor = _Rescale.apply(y, carry, B, B0, m, norms, bias, s, owned)
             return out
         gain = (m * _inverse(norms)).to(y.dtype)
@@ -163,21 +191,17 @@ class DoRA(LoRA):
         """c [d_out], a constant as far as autograd is concerned."""
         weight = base.weight
         A, B = (t.detach() for t in self.factors(state).stacked())
-        compiling = torch.compiler.is_compiling()
+        compiling = lowrank.plain(A)
         cache: dict[str, Any] = {} if compiling else getattr(state, "cache", {})
-        # Only while no gradient is wanted: some optimisers write parameters without
-        # telling autograd, so that within a training step the versions prove nothing;
-        # and the step itself drops what an evaluation before it had kept.
-        keep = not torch.is_grad_enabled() and not compiling
-        key = (
-            tuple((t.data_ptr(), t._version) for t in (weight, state["A"], state["B"]))
-            if keep
-            else None
-        )
+        # Only while no gradient is wanted, and only on CPU: versions prove nothing, since
+        # some optimisers and averaging tools write ``parameter.data`` without telling
+        # autograd, and to look at the values (cheap beside W Aᵀ) would stall a device.
+        keep = not (torch.is_grad_enabled() or compiling) and A.device.type == "cpu"
+        key = (weight.data_ptr(), weight._version, *map(_fingerprint, (A, B))) if keep else None
         if keep and cache.get("key") == key:
             norms: Tensor = cache["norms"]
             return norms
-        with torch.no_grad():
+        with torch.no_grad(), _no_autocast(weight):
             squared = self._squared(weight, cache, compiling)
             wide = weight.to(A.dtype)
             s = scaling(state)
@@ -199,7 +223,7 @@ class DoRA(LoRA):
     @staticmethod
     def _squared(weight: Tensor, cache: dict[str, Any], compiling: bool) -> Tensor:
         """‖W_i‖² [d_out] in float32 (or float64), kept while W stays the same."""
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = _wide(weight)
         key = None if compiling else (weight.data_ptr(), weight._version)
         if key is not None and cache.get("weight_key") == key:
             kept: Tensor = cache["squared"]

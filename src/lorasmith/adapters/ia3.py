@@ -16,6 +16,7 @@ Works on quantised layers; fuses exactly up to rounding (the bias is scaled with
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.config import AdapterConfig, Targets, _names
-from lorasmith.core.layers import LayerInfo
+from lorasmith.core.layers import LayerInfo, device_of
 from lorasmith.core.patterns import matches_name, matches_regex
 from lorasmith.core.variant import (
     BaseLayer,
@@ -79,30 +80,30 @@ class IA3(Variant):
         return bool(config.scales_input(module_name))
 
     def new_tensors(self, base: BaseLayer, config: AdapterConfig) -> NewTensors:
-        anchor = next(base.module.parameters(), None)
-        device = torch.device("cpu") if anchor is None else anchor.device
-        return NewTensors(
-            {"gain": torch.ones(*self.shapes(config, base.info)["gain"], device=device)}
-        )
+        shape = self.shapes(config, base.info)["gain"]
+        return NewTensors({"gain": torch.ones(*shape, device=device_of(base.module))})
+
+    def constants(self, config: AdapterConfig, info: LayerInfo) -> dict[str, Any]:
+        return {"on_input": self.on_input(config, info.name)}
 
     def before(self, state: LayerState, x: Tensor, base: BaseLayer) -> tuple[Tensor, Carry]:
-        if self.on_input(state.config, state.info.name):
+        if state.constants["on_input"]:
             return x * state["gain"].to(x.dtype), None
         return x, None
 
     def after(self, state: LayerState, y: Tensor, carry: Carry, base: BaseLayer) -> Tensor:
-        if self.on_input(state.config, state.info.name):
+        if state.constants["on_input"]:
             return y
         return y * state["gain"].to(y.dtype)
 
     def effective_weight(self, state: LayerState, weight: Tensor) -> Tensor:
         gain = state["gain"].detach().to(weight.dtype)
-        if self.on_input(state.config, state.info.name):
+        if state.constants["on_input"]:
             return weight * gain
         return weight * gain[:, None]
 
     def effective_bias(self, state: LayerState, bias: Tensor) -> Tensor:
-        if self.on_input(state.config, state.info.name):
+        if state.constants["on_input"]:
             return bias
         return bias * state["gain"].detach().to(bias.dtype)
 
@@ -135,6 +136,12 @@ class IA3(Variant):
 
 
 def feedforward_of(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """PEFT's ``feedforward_modules`` in our form."""
+    """PEFT's ``feedforward_modules`` in our form.
+
+    PEFT asks whether the module's name *ends* in one of them, with or without a dot in
+    between, so "proj" there means "*proj" here.
+    """
     given = fields.get("feedforward_modules") or ()
-    return (f"re:{given}",) if isinstance(given, str) else tuple(sorted(given))
+    if isinstance(given, str):
+        return (f"re:{given}",)
+    return tuple(f"*{glob.escape(name)}" for name in sorted(given))

@@ -24,17 +24,16 @@ configuration that names it would make PEFT move the base weights again.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from lorasmith.core import lowrank
 from lorasmith.core.config import LowRankConfig
 from lorasmith.core.hooks import owns_output
-from lorasmith.core.layers import LayerInfo
+from lorasmith.core.layers import LayerInfo, device_of
 from lorasmith.core.variant import (
     BaseLayer,
     Factors,
@@ -43,7 +42,7 @@ from lorasmith.core.variant import (
     TensorSpec,
     Variant,
 )
-from lorasmith.errors import ConfigError
+from lorasmith.errors import UnsupportedFeatureError
 from lorasmith.init import get_initialisation
 from lorasmith.init.types import Shape
 
@@ -70,16 +69,16 @@ class LoRA(Variant):
 
     def new_tensors(self, base: BaseLayer, config: LowRankConfig) -> NewTensors:
         info = base.info
-        anchor = next(base.module.parameters(), None)
-        shape = Shape(
-            info.d_out, info.d_in, torch.device("cpu") if anchor is None else anchor.device
-        )
+        shape = Shape(info.d_out, info.d_in, device_of(base.module))
         start = get_initialisation(config.init)(
             lambda: base.weight, shape, config.rank_of(info.name), config.scaling_of(info.name)
         )
         trainable = {"A": start.A, "B": start.B}
         frozen = {"A0": start.A, "B0": start.B} if start.takes_over else {}
         return NewTensors(trainable, frozen)
+
+    def constants(self, config: LowRankConfig, info: LayerInfo) -> dict[str, Any]:
+        return {"scaling": config.scaling_of(info.name)}
 
     def before(self, state: LayerState, x: Tensor, base: BaseLayer) -> tuple[Tensor, Tensor]:
         config: LowRankConfig = state.config  # type: ignore[assignment]
@@ -89,6 +88,8 @@ class LoRA(Variant):
             A0=state["A0"] if "A0" in state else None,
             dropout=config.dropout if state.training else 0.0,
             owned=owns_output(base.module, base),
+            member=state,
+            siblings=getattr(state, "siblings", None),
         )
 
     def after(self, state: LayerState, y: Tensor, carry: Tensor, base: BaseLayer) -> Tensor:
@@ -130,6 +131,26 @@ class LoRA(Variant):
     def sizes_from_file(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
         return shapes["lora_A.weight"][1], shapes["lora_B.weight"][0]
 
+    def file_config(self, config: LowRankConfig, frozen: Collection[str]) -> LowRankConfig:
+        return doubled(config) if "A0" in frozen else config
+
+    def to_file(self, state: LayerState) -> dict[str, Tensor]:
+        specs = self.tensor_specs(state.config, state.info)  # type: ignore[arg-type]
+        tensors = {spec.key: state[n] for n, spec in specs.items()}
+        tensors[specs["A"].key], tensors[specs["B"].key] = self.factors(state).stacked()
+        return tensors
+
+    def from_file(
+        self, config: LowRankConfig, info: LayerInfo, tensors: Mapping[str, Tensor]
+    ) -> NewTensors:
+        found = {n: tensors[s.key] for n, s in self.tensor_specs(config, info).items()}
+        rank, A, B = config.rank_of(info.name), found["A"], found["B"]
+        if A.shape[0] != 2 * rank:
+            return NewTensors(found)
+        # [A; A0], [B, −B0]; changing a sign twice loses nothing.
+        trainable = {**found, "A": A[:rank], "B": B[:, :rank]}
+        return NewTensors(trainable, {"A0": A[rank:], "B0": -B[:, rank:]})
+
     def to_peft(self, config: LowRankConfig, modules: Mapping[str, LayerInfo]) -> dict[str, Any]:
         return {
             "r": config.r,
@@ -154,8 +175,8 @@ class LoRA(Variant):
 
 def scaling(state: LayerState) -> float:
     """s of a low-rank adapter on its layer."""
-    config: LowRankConfig = state.config  # type: ignore[assignment]
-    return config.scaling_of(state.info.name)
+    s: float = state.constants["scaling"]
+    return s
 
 
 #: PEFT fields that change what a LoRA layer computes and that we do not have, with the
@@ -183,13 +204,13 @@ def low_rank_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     is to load, and running an initialisation again would change the base.
 
     Raises:
-        ConfigError: If the file uses a feature that would change the result and that
+        UnsupportedFeatureError: If the file uses a feature that would change the result and that
             lorasmith does not have.
     """
     for key, neutral in _UNSUPPORTED.items():
         value = fields.get(key, neutral)
         if value != neutral and value not in (None, [], {}):
-            raise ConfigError(
+            raise UnsupportedFeatureError(
                 f"The adapter uses PEFT's {key}, which lorasmith cannot reproduce.",
                 expected=f"{key} = {neutral!r}",
                 got=repr(value),

@@ -79,6 +79,16 @@ def set_state(model: nn.Module, state: ModelState | None) -> None:
         model.__dict__[_STATE] = state
 
 
+def activate(root: nn.Module, state: ModelState, name: str | None) -> None:
+    """Makes one adapter (or none) act, on every layer and every module trained as a whole."""
+    for _, _, slot in slots(root):
+        part = None if name is None else slot.get(name)
+        slot.set_live(() if part is None else (part,))
+    for _, _, saved in saved_modules(root):
+        saved.live = name if name is not None and saved.get(name) is not None else None
+    state.active = name
+
+
 class Adapter:
     """A named set of small tensors on chosen layers of a model.
 

@@ -20,6 +20,7 @@ from lorasmith.core.adapter import (
     ModelState,
     adapters,
     check_name,
+    activate,
     get_adapter,
     set_state,
     state_of,
@@ -27,6 +28,7 @@ from lorasmith.core.adapter import (
 )
 from lorasmith.core.config import AdapterConfig
 from lorasmith.core.fusing import fused_name, unfuse
+from lorasmith.core.lowrank import Siblings
 from lorasmith.core.registry import variant_of
 from lorasmith.core.state import (
     SAVED,
@@ -85,7 +87,8 @@ def attach(
         )
     chosen = select(root, config)
     parts = {}
-    with torch.no_grad():
+    # Tensors made in inference mode could never be trained.
+    with torch.inference_mode(False), torch.no_grad():
         for candidate in chosen:
             base = BaseLayer(candidate.module, candidate.info)
             part = LayerAdapter(variant, config, candidate.info, variant.new_tensors(base, config))
@@ -159,8 +162,12 @@ def put(
         {n: p.requires_grad for n, p in root.named_parameters() if not _ours(n)}
     )
     previous_active = state.active
+    siblings: dict[tuple[str, int], Siblings] = {}
     try:
         for module_name, part in parts.items():
+            neighbours = (module_name.rpartition(".")[0], part.info.d_in)
+            if part.info.fresh_output:
+                part.siblings = siblings.setdefault(neighbours, Siblings())
             module = root.get_submodule(module_name)
             slot = slot_of(module)
             if slot is None:
@@ -183,7 +190,7 @@ def put(
         adapter = Adapter(root, name).requires_grad_(trainable)
         for parameter_name in state.requires_grad:
             root.get_parameter(parameter_name).requires_grad_(False)
-        _activate(root, state, name)
+        activate(root, state, name)
     except BaseException:
         state.configs.pop(name, None)
         _remove(root, name)
@@ -191,7 +198,7 @@ def put(
             _restore_flags(root, state)
             set_state(root, None)
         else:
-            _activate(root, state, previous_active)
+            activate(root, state, previous_active)
         raise
     return adapter
 
@@ -250,15 +257,6 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         set_state(root, None)
 
 
-def _activate(root: nn.Module, state: ModelState, name: str | None) -> None:
-    for _, _, slot in slots(root):
-        part = None if name is None else slot.get(name)
-        slot.live = () if part is None else (part,)
-    for _, _, saved in saved_modules(root):
-        saved.live = name if name is not None and saved.get(name) is not None else None
-    state.active = name
-
-
 class _Use:
     """What :func:`use` returns: a context manager that may also be ignored."""
 
@@ -276,8 +274,10 @@ class _Use:
         trace: TracebackType | None,
     ) -> None:
         state = state_of(self._root)
+        if fused_name(self._root) is not None:
+            return  # fused inside the block: what is in the weights must not act twice
         if state is not None and (self._previous is None or self._previous in state.configs):
-            _activate(self._root, state, self._previous)
+            activate(self._root, state, self._previous)
 
 
 def use(model: nn.Module, name: str | None) -> _Use:
@@ -304,5 +304,5 @@ def use(model: nn.Module, name: str | None) -> _Use:
         )
     previous = state.active
     if fused is None:
-        _activate(root, state, name)
+        activate(root, state, name)
     return _Use(root, previous)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
 
-from lorasmith.core.patterns import first_matching_key
+from lorasmith.core.patterns import check_regex, first_matching_key
 from lorasmith.errors import ConfigError
 
 __all__ = ["AdapterConfig", "LowRankConfig", "Targets"]
@@ -26,7 +26,9 @@ def _names(value: Targets | None, field_name: str) -> tuple[str, ...]:
     """Brings a string or a sequence of strings into a tuple without losing its order."""
     if value is None:
         return ()
-    items = (value,) if isinstance(value, str) else tuple(value)
+    items: tuple[object, ...] = (value,)
+    if not isinstance(value, str) and isinstance(value, Iterable):
+        items = tuple(value)
     for item in items:
         if not isinstance(item, str) or not item:
             raise ConfigError(
@@ -35,7 +37,7 @@ def _names(value: Targets | None, field_name: str) -> tuple[str, ...]:
                 got=repr(value),
                 key=field_name,
             )
-    return items
+    return cast("tuple[str, ...]", items)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,8 @@ class AdapterConfig:
         self._set("exclude", _names(self.exclude, "exclude"))
         self._set("modules_to_save", _names(self.modules_to_save, "modules_to_save"))
         if self.layers is not None:
-            layers = tuple(self.layers)
+            given: object = self.layers
+            layers = tuple(given) if isinstance(given, Iterable) else ()
             if not layers or not all(type(i) is int for i in layers):
                 raise ConfigError(
                     "layers holds something that is not an index.",
@@ -136,6 +139,18 @@ def _positive_int(value: object, key: str) -> None:
         )
 
 
+def _pattern(value: object, key: str) -> None:
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) and k for k in value):
+        raise ConfigError(
+            f"{key} is not a mapping of names.",
+            expected="{module name, its end, or a regular expression: number}",
+            got=repr(value),
+            key=key,
+        )
+    for pattern in value:
+        check_regex(pattern, key=key)
+
+
 def _finite_number(value: object, key: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ConfigError(f"{key} is not a finite number.", got=repr(value), key=key)
@@ -186,6 +201,11 @@ class LowRankConfig(AdapterConfig):
                 got=repr(self.scaling),
                 key="scaling",
             )
+        init: object = self.init
+        if not isinstance(init, str):
+            raise ConfigError("init is not a name.", got=repr(init), key="init")
+        for name in ("rank_pattern", "alpha_pattern"):
+            _pattern(getattr(self, name), name)
         for key, rank in self.rank_pattern.items():
             _positive_int(rank, f"rank_pattern[{key!r}]")
         for key, alpha in self.alpha_pattern.items():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.core.adapter import get_adapter, state_of, unwrap
+from lorasmith.core.adapter import activate, get_adapter, state_of, unwrap
 from lorasmith.core.layers import read_bias, read_weight, write_bias, write_weight
 from lorasmith.core.state import AdapterSlot, LayerAdapter, slots
 from lorasmith.errors import FuseError
@@ -104,6 +104,8 @@ def fuse(model: nn.Module, name: str | None = None, *, keep_original: bool = Tru
             fix="unfuse(model) first",
         )
     work = [(n, m, s, part) for n, m, s in slots(root) if (part := s.get(adapter.name)) is not None]
+    for module_name, module, *_ in work:
+        _refuse_computed(module_name, module)
     _refuse_shared(root, {n for n, *_ in work})
     done: list[tuple[nn.Module, AdapterSlot]] = []
     records = []
@@ -123,9 +125,10 @@ def fuse(model: nn.Module, name: str | None = None, *, keep_original: bool = Tru
         raise
     state = state_of(root)
     assert state is not None
-    state.active = adapter.name
+    # All of it, so that the copies of ``modules_to_save`` are this adapter's too.
+    activate(root, state, adapter.name)
     for _, _, slot in slots(root):
-        slot.live = ()
+        slot.set_live(())
     for _, _, slot, _ in work:
         slot.fused = adapter.name
         if not keep_original:
@@ -136,9 +139,24 @@ def fuse(model: nn.Module, name: str | None = None, *, keep_original: bool = Tru
     return FuseReport(adapter.name, ", ".join(dtypes), tuple(records))
 
 
+def _refuse_computed(name: str, module: nn.Module) -> None:
+    """Weight normalisation and its like compute the weight anew on every call."""
+    for tensor in ("weight", "bias"):
+        own = tensor in module._parameters or tensor in module._buffers
+        if not own and isinstance(getattr(module, tensor, None), Tensor):
+            raise FuseError(
+                f"The {tensor} of {name} is computed from other parameters, so that what is "
+                "written into it would be lost.",
+                expected="a parameter",
+                got="a parametrisation",
+                fix="torch.nn.utils.parametrize.remove_parametrizations first",
+                key=name,
+            )
+
+
 def _refuse_shared(root: nn.Module, fused: set[str]) -> None:
     owners: dict[int, list[str]] = {}
-    for module_name, module in root.named_modules(remove_duplicate=False):
+    for module_name, module in root.named_modules():
         weight = module._parameters.get("weight")
         if weight is not None and not weight.is_meta:
             owners.setdefault(weight.data_ptr(), []).append(module_name)
@@ -206,4 +224,4 @@ def unfuse(model: nn.Module) -> None:
             _write_back(module, slot)
     for _, _, slot in slots(root):
         part = slot.get(name)
-        slot.live = () if part is None else (part,)
+        slot.set_live(() if part is None else (part,))

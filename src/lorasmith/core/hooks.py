@@ -12,9 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lorasmith.core.lowrank import fast
 from lorasmith.core.state import SAVED, SLOT, AdapterSlot, SavedModule
 from lorasmith.core.variant import BaseLayer
 from lorasmith.errors import AttachError
@@ -51,11 +53,28 @@ def _with_input(
     return args, {k: new if v is old else v for k, v in kwargs.items()}
 
 
-def _early(slot: AdapterSlot) -> bool:
-    """Whether ``before`` must run before the base layer rather than after it."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return True
-    return any(a.variant.transforms_input for a in slot.live)
+def _alone(module: nn.Module) -> bool:
+    """Whether no hook but ours can see or replace what goes into and out of the layer.
+
+    A hook that replaces the input, or a full backward hook, would lose what ``before_layer``
+    hands over; one that keeps the output, or a gradient, must not see it change.
+    """
+    return not (
+        len(module._forward_hooks) > 1
+        or len(module._forward_pre_hooks) > 1
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # Accelerate's offloading, for one, wraps it
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def _early(module: nn.Module, slot: AdapterSlot, x: Tensor) -> bool:
+    """Whether ``before`` must, or had better, run before the base layer."""
+    return slot.transforms_input or (fast(x) and _alone(module))
 
 
 def before_layer(
@@ -64,10 +83,12 @@ def before_layer(
     """Forward pre-hook: the live adapters act on the layer's input."""
     slot: AdapterSlot = module._modules[SLOT]  # type: ignore[assignment]
     live = slot.live
-    if not live or not _early(slot):
+    if not live:
+        return None
+    x = old = _input_of(args, kwargs, slot)
+    if not _early(module, slot, x):
         return None
     base = BaseLayer(module, slot.info)
-    x = old = _input_of(args, kwargs, slot)
     carries = []
     for adapter in live:
         x, carry = adapter.variant.before(adapter, x, base)
@@ -90,29 +111,21 @@ def after_layer(
         return None
     base = BaseLayer(module, slot.info)
     x = _input_of(args, kwargs, slot)
-    carries = None
-    if _early(slot):
-        if torch.compiler.is_compiling():
-            carries = [None] * len(live)
-        else:
-            carries = x.__dict__.pop(_CARRY, None) or [None] * len(live)
     y: Tensor = output
-    if carries is None:
+    if not _early(module, slot, x):
         for adapter in live:
             _, carry = adapter.variant.before(adapter, x, base)
             y = adapter.variant.after(adapter, y, carry, base)
-    else:
-        for adapter, carry in zip(live, carries, strict=True):
-            y = adapter.variant.after(adapter, y, carry, base)
+        return y
+    carries = None if torch.compiler.is_compiling() else x.__dict__.pop(_CARRY, None)
+    for adapter, carry in zip(live, carries or [None] * len(live), strict=True):
+        y = adapter.variant.after(adapter, y, carry, base)
     return y
 
 
 def owns_output(module: nn.Module, base: BaseLayer) -> bool:
-    """Whether the layer's output (and its input's gradient) has no reader but us.
-
-    Another forward hook on the layer may have kept the output, so then it is not ours.
-    """
-    return base.info.fresh_output and len(module._forward_hooks) == 1
+    """Whether the layer's output (and its input's gradient) has no reader but us."""
+    return base.info.fresh_output and _alone(module)
 
 
 def replace_output(
@@ -140,7 +153,7 @@ def install(module: nn.Module, slot: AdapterSlot) -> None:
     """Puts a slot and its hooks on a layer."""
     module.add_module(SLOT, slot)
     module.register_forward_pre_hook(before_layer, with_kwargs=True)
-    module.register_forward_hook(after_layer, with_kwargs=True)
+    slot.last_hook = module.register_forward_hook(after_layer, with_kwargs=True).id
 
 
 def uninstall(module: nn.Module) -> None:
@@ -152,7 +165,7 @@ def uninstall(module: nn.Module) -> None:
 def install_saved(module: nn.Module, saved: SavedModule) -> None:
     """Puts trainable copies and their hook on a module."""
     module.add_module(SAVED, saved)
-    module.register_forward_hook(replace_output, with_kwargs=True)
+    saved.last_hook = module.register_forward_hook(replace_output, with_kwargs=True).id
 
 
 def uninstall_saved(module: nn.Module) -> None:

@@ -8,15 +8,26 @@ something else altogether. Only this file knows.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lorasmith.errors import AttachError
 
-__all__ = ["LayerInfo", "describe", "read_bias", "read_weight", "write_bias", "write_weight"]
+__all__ = [
+    "LayerInfo",
+    "describe",
+    "device_of",
+    "read_bias",
+    "read_weight",
+    "write_bias",
+    "write_weight",
+]
 
 Kind = Literal["linear", "conv1d", "opaque"]
 
@@ -61,6 +72,14 @@ def describe(module: nn.Module, name: str) -> LayerInfo | None:
     """
     has_bias = getattr(module, "bias", None) is not None
     weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and is_lazy(weight):
+        raise AttachError(
+            f"{name} is lazy: its sizes are not known yet.",
+            expected="a layer with a weight",
+            got=type(module).__name__,
+            fix="run the model once on an example before attaching",
+            key=name,
+        )
     if _is_conv1d(module):
         assert isinstance(weight, Tensor)
         d_in, d_out = weight.shape
@@ -116,6 +135,12 @@ def write_bias(module: nn.Module, value: Tensor) -> None:
     assert isinstance(bias, Tensor)
     with torch.no_grad():
         bias.detach().copy_(value)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a layer's tensors are: quantised layers may hold buffers and no parameter."""
+    tensors: Iterator[Tensor] = chain(module.parameters(), module.buffers())
+    return next((t.device for t in tensors), torch.device("cpu"))
 
 
 def row_norms(weight: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:

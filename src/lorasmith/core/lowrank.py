@@ -12,12 +12,19 @@ Here the forward is cut in two around the base layer, ``down`` before and ``up``
 * saved for the backward pass: x (which the base layer, being frozen, does not save
   itself), x Aᵀ, and with dropout one byte an element.
 
-Where no gradient is needed, and under ``torch.compile`` (which fuses on its own), the
-same formulas run as plain operations.
+* layers that are fed the same tensor (q, k and v; gate and up) share the product with A.
+
+Where no gradient is needed, on small inputs, under ``torch.compile`` (which fuses on its
+own), inside ``torch.func`` and on nested tensors, the same formulas run as plain operations.
+
+Second derivatives are exact: the functions save their inputs, never something derived
+from them, and compute out of place while autograd records their backward pass.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +32,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Down", "compute_dtype", "dropout_mask", "product", "up"]
+__all__ = [
+    "Siblings",
+    "column_dot",
+    "compute_dtype",
+    "down",
+    "dropout_mask",
+    "fast",
+    "plain",
+    "up",
+]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -50,58 +66,119 @@ def dropout_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     if x.device.type != "cpu":
         keep = 1.0 - p
         return torch.empty(x.shape, dtype=torch.int8, device=x.device).bernoulli_(keep), keep
-    dropped = round(p * 65536)
+    dropped = min(round(p * 65536), 65535)
     count = x.numel()
     bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     kept = bits.view(torch.int16)[:count] >= dropped - 32768
     return kept.view(torch.int8).view(x.shape), 1.0 - dropped / 65536
 
 
+#: Elements of a tensor below which plain operations are faster on CPU: the functions below
+#: save passes over x and y, but cost some 50 µs of Python.
+SMALL = 65536
+
+
+def plain(x: Tensor) -> bool:
+    """Whether the plain operations must run instead of the functions below."""
+    return (
+        torch.compiler.is_compiling() or x.is_nested or torch._C._are_functorch_transforms_active()
+    )
+
+
+def fast(x: Tensor) -> bool:
+    """Whether the functions below may run, and pay, for a layer called with ``x``."""
+    return torch.is_grad_enabled() and x.numel() >= SMALL and not plain(x)
+
+
+def _rows(parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+    """All parts below each other, in the compute dtype."""
+    rows = [t for t in parts if t is not None]
+    return (rows[0] if len(rows) == 1 else torch.cat(rows)).to(dtype)
+
+
+def _columns(B: Tensor, B0: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[B, −B0] in the compute dtype."""
+    return (B if B0 is None else torch.cat((B, -B0), dim=1)).to(dtype)
+
+
 class _Down(torch.autograd.Function):
-    """(x, A) → (x, h = dropout(x) Aᵀ); takes x's gradient from the base layer and adds."""
+    """(x, A₁, A0₁, A₂, A0₂, …) → (x, h₁, h₂, …), hᵢ = dropout(x) [Aᵢ; A0ᵢ]ᵀ.
+
+    Takes the gradient of x from the base layers that x is passed on to and adds its own
+    share. Several A share one product in each direction: a narrow product is bound by
+    reading x, so three of width r cost nearly three times one of width 3r.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        A: Tensor,
-        A0: Tensor | None,
-        dropout: float,
-        dtype: torch.dtype,
-        through: bool,
-        owned: bool,
+        ctx: Any, x: Tensor, dropout: float, through: bool, owned: bool, *pairs: Tensor | None
     ) -> Any:
         ctx.set_materialize_grads(False)
-        passed = x.to(dtype)
-        flat = passed.reshape(-1, passed.shape[-1])
-        a = (A if A0 is None else torch.cat((A, A0))).to(dtype)
+        flat = x.reshape(-1, x.shape[-1])
+        a = _rows(pairs, x.dtype)
         mask, keep = dropout_mask(flat, dropout) if dropout else (None, 1.0)
         h = (flat if mask is None else flat * mask) @ a.T
         if mask is not None:
             h *= 1.0 / keep
-        ctx.save_for_backward(flat, a, mask)
-        ctx.keep, ctx.rank, ctx.owned = keep, A.shape[0], owned
-        ctx.x_dtype, ctx.a_dtype, ctx.x_shape = x.dtype, A.dtype, x.shape
-        h = h.view(*x.shape[:-1], a.shape[0])
-        return (passed, h) if through else h
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[4:]) else None, mask, *pairs)
+        ctx.keep, ctx.owned, ctx.through = keep, owned, through
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        widths = _widths(pairs)
+        if len(widths) == 1:
+            hs = [h.view(*x.shape[:-1], widths[0])]
+        else:
+            hs = [p.reshape(*x.shape[:-1], p.shape[1]) for p in h.split(widths, dim=1)]
+        return (x, *hs) if through else tuple(hs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        g_x, g_h = grads if len(grads) == 2 else (None, grads[0])
-        flat, a, mask = ctx.saved_tensors
-        g_a = None
-        if g_h is not None:
-            g_h = g_h.reshape(-1, a.shape[0])
-            if mask is not None:
-                g_h = g_h * (1.0 / ctx.keep)
-            if ctx.needs_input_grad[1]:
-                kept = flat if mask is None else flat * mask
-                g_a = (g_h[:, : ctx.rank].T @ kept).to(ctx.a_dtype)
-            if ctx.needs_input_grad[0]:
-                g_x = _accumulate(g_x, g_h, a, mask, ctx.owned)
-        if g_x is not None:
-            g_x = g_x.reshape(ctx.x_shape).to(ctx.x_dtype)
-        return g_x, g_a, None, None, None, None, None
+        g_x, g_hs = (grads[0], grads[1:]) if ctx.through else (None, grads)
+        x, mask, *pairs = ctx.saved_tensors
+        result: list[Tensor | None] = [g_x, None, None, None, *(None for _ in pairs)]
+        if all(g is None for g in g_hs):
+            return tuple(result)
+        widths = _widths(pairs)
+        g_h = _side_by_side(g_hs, widths)
+        if mask is not None:
+            g_h = g_h * (1.0 / ctx.keep)
+        if any(ctx.needs_input_grad[4:]):
+            flat = x.reshape(-1, x.shape[-1])
+            kept = flat if mask is None else flat * mask
+            if len(widths) == 1:  # what is frozen comes last and needs no gradient
+                g_a = g_h[:, : pairs[0].shape[0]].T @ kept
+            else:
+                g_a = g_h.T @ kept
+            start = 0
+            for i, width in enumerate(widths):
+                A = pairs[2 * i]
+                if ctx.needs_input_grad[4 + 2 * i]:
+                    result[4 + 2 * i] = g_a[start : start + A.shape[0]].to(A.dtype)
+                start += width
+        if ctx.needs_input_grad[0]:
+            a = _rows(pairs, ctx.dtype)
+            result[0] = _accumulate(g_x, g_h, a, mask, ctx.owned).view(ctx.shape)
+        return tuple(result)
+
+
+def _widths(pairs: Sequence[Tensor | None]) -> list[int]:
+    """Rows of each [Aᵢ; A0ᵢ]."""
+    rows = [0 if t is None else t.shape[0] for t in pairs]
+    return [r + r0 for r, r0 in zip(rows[::2], rows[1::2], strict=True)]
+
+
+def _side_by_side(grads: Sequence[Tensor | None], widths: Sequence[int]) -> Tensor:
+    """The gradients of all h in one matrix [tokens, Σ r]; zero where there is none."""
+    flat = [g if g is None else g.reshape(-1, w) for g, w in zip(grads, widths, strict=True)]
+    if len(flat) == 1 and flat[0] is not None:
+        return flat[0]
+    like = next(g for g in flat if g is not None)
+    return torch.cat(
+        [
+            like.new_zeros(like.shape[0], w) if g is None else g
+            for g, w in zip(flat, widths, strict=True)
+        ],
+        dim=1,
+    )
 
 
 def _accumulate(
@@ -130,22 +207,20 @@ class _Up(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, h: Tensor, B: Tensor, B0: Tensor | None, s: float, owned: bool
     ) -> Tensor:
-        b = (B if B0 is None else torch.cat((B, -B0), dim=1)).to(y.dtype)
-        flat = h.reshape(-1, h.shape[-1]).to(y.dtype)
-        ctx.save_for_backward(flat, b)
-        ctx.s, ctx.rank = s, B.shape[1]
-        ctx.h_shape, ctx.h_dtype, ctx.b_dtype = h.shape, h.dtype, B.dtype
-        return add_product(y, flat, b, s, owned)
+        ctx.save_for_backward(h if ctx.needs_input_grad[2] else None, B, B0)
+        ctx.s, ctx.h_shape = s, h.shape
+        return add_product(y, h.reshape(-1, h.shape[-1]), _columns(B, B0, y.dtype), s, owned)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
-        h, b = ctx.saved_tensors
+        h, B, B0 = ctx.saved_tensors
         flat = g.reshape(-1, g.shape[-1])
         g_h = g_b = None
         if ctx.needs_input_grad[1]:
-            g_h = (flat @ b).mul_(ctx.s).view(ctx.h_shape).to(ctx.h_dtype)
+            g_h = (flat @ _columns(B, B0, g.dtype)).mul_(ctx.s).view(ctx.h_shape)
         if ctx.needs_input_grad[2]:
-            g_b = (flat.T @ h[:, : ctx.rank]).to(ctx.b_dtype).mul_(ctx.s)
+            narrow = h.reshape(-1, h.shape[-1])[:, : B.shape[1]]
+            g_b = (flat.T @ narrow).to(B.dtype).mul_(ctx.s)
         return g, g_h, g_b, None, None, None
 
 
@@ -160,12 +235,60 @@ def add_product(y: Tensor, h: Tensor, b: Tensor, s: float, owned: bool) -> Tenso
     return torch.addmm(y.reshape(-1, y.shape[-1]), h, b.T, alpha=s).view(y.shape)
 
 
-@dataclass
-class Down:
-    """The factors that ``down`` has used, kept for ``up`` of the same call."""
+class Siblings:
+    """Adapters of neighbouring layers, some of which are fed the same tensor (q, k, v).
 
-    h: Tensor
-    owned: bool
+    Which ones are is not declared but seen: where a layer is called with the very tensor
+    object that a neighbour was just called with, the neighbour remembers, and the next
+    time computes the product for both. A guess that proves wrong is forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._followers: dict[Any, list[Any]] = {}
+        self._shared = _Shared(None, lambda: None, None, {})
+
+    def __reduce__(self) -> Any:
+        # Nothing in here outlives a copy or a file: it is learnt anew in one step.
+        return (Siblings, ())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Siblings:
+        return memo.setdefault(id(self), Siblings())  # type: ignore[no-any-return]
+
+    def take(self, member: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What a neighbour has computed for ``member`` on this very ``x``, if anything."""
+        shared = self._shared
+        if shared.input() is not x:
+            return None
+        h = shared.ready.pop(member, None)
+        if h is not None and shared.passed is not None:
+            passed = shared.passed
+            if not shared.ready:
+                shared.passed = None  # nobody else waits: do not keep the graph alive
+            return passed, h
+        followers = self._followers.setdefault(shared.leader, [])
+        if member is not shared.leader and member not in followers:
+            followers.append(member)
+        return None
+
+    def followers(self, member: Any) -> list[Any]:
+        """Those who are expected to be called next with the input of ``member``."""
+        for unused in self._shared.ready:  # a guess that did not come true
+            self._followers[self._shared.leader].remove(unused)
+        return list(self._followers.get(member, ()))
+
+    def offer(self, leader: Any, x: Tensor, passed: Tensor, ready: dict[Any, Tensor]) -> None:
+        """Keeps what has been computed on ``x`` until the followers take it."""
+        self._shared = _Shared(leader, weakref.ref(x), passed if ready else None, ready)
+
+
+@dataclass
+class _Shared:
+    """One tensor, who computed on it, what it was passed on as, and what waits."""
+
+    leader: Any
+    input: Callable[[], Tensor | None]
+    passed: Tensor | None
+    ready: dict[Any, Tensor]
 
 
 def down(
@@ -175,6 +298,8 @@ def down(
     A0: Tensor | None = None,
     dropout: float = 0.0,
     owned: bool = False,
+    member: Any = None,
+    siblings: Siblings | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(x to give to the base layer, h = dropout(x) [A; A0]ᵀ).
 
@@ -185,28 +310,40 @@ def down(
         dropout: Probability of zeroing an element of x on this path; 0 outside training.
         owned: Whether the gradient that the base layer gives for its input is a tensor
             of its own, so that ours may be added into it.
+        member: Who asks: something that has ``["A"]`` and perhaps ``["A0"]``.
+        siblings: Whom it may share products with.
 
     Returns:
         x (in the compute dtype) and h [..., r] or [..., 2r].
     """
-    dtype = compute_dtype(x)
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        kept = x.to(dtype)
-        if dropout:
-            kept = _plain_dropout(kept, dropout)
-        a = A if A0 is None else torch.cat((A, A0))
-        return x, F.linear(kept, a.to(dtype))
-    if x.requires_grad:
-        passed, h = _Down.apply(x, A, A0, dropout, dtype, True, owned)
-        return passed, h
-    # x has no gradient (the first layer): were it to pass through the function, A would
-    # make it require one, and the base layer would compute it for nothing.
-    h = _Down.apply(x, A, A0, dropout, dtype, False, owned)
-    return x, h
+    # Cast by autograd's own operation, not inside the function, so that what the function
+    # saves is its input.
+    kept = x.to(compute_dtype(x))
+    if not fast(x):
+        h = F.linear(
+            _plain_dropout(kept, dropout) if dropout else kept, _rows((A, A0), kept.dtype)
+        )
+        return x, h
+    # If x has no gradient (the first layer) it does not pass through the function: A
+    # would make it require one, and the base layer would compute it for nothing.
+    through = x.requires_grad
+    share = siblings is not None and owned and not dropout
+    found = siblings.take(member, x) if share and siblings is not None else None
+    if found is not None:
+        return found
+    others = siblings.followers(member) if share and siblings is not None else []
+    pairs = [A, A0]
+    for other in others:
+        pairs += [other["A"], other["A0"] if "A0" in other else None]
+    out = _Down.apply(kept, dropout, through, owned, *pairs)
+    passed, hs = (out[0], out[1:]) if through else (x, out)
+    if share and siblings is not None:
+        siblings.offer(member, x, passed, dict(zip(others, hs[1:], strict=True)))
+    return passed, hs[0]
 
 
 def _plain_dropout(x: Tensor, p: float) -> Tensor:
-    if torch.compiler.is_compiling():
+    if plain(x):
         return F.dropout(x, p, training=True)
     mask, keep = dropout_mask(x, p)
     return x * mask * (1.0 / keep)
@@ -231,16 +368,28 @@ def up(
         B0: Frozen columns beside B, [d_out, r].
         owned: Whether y is a tensor that nothing else reads.
     """
-    if torch.compiler.is_compiling():
-        b = B if B0 is None else torch.cat((B, -B0), dim=1)
-        return y + F.linear(h.to(y.dtype), b.to(y.dtype)) * s
-    if not torch.is_grad_enabled():
-        b = B if B0 is None else torch.cat((B, -B0), dim=1)
-        return add_product(y, h.reshape(-1, h.shape[-1]).to(y.dtype), b.to(y.dtype), s, owned)
-    out: Tensor = _Up.apply(y, h, B, B0, s, owned)
-    return out
+    h = h.to(y.dtype)
+    if fast(y):
+        out: Tensor = _Up.apply(y, h, B, B0, s, owned)
+        return out
+    b = _columns(B, B0, y.dtype)
+    if plain(y):
+        return y + F.linear(h, b) * s
+    return add_product(
+        y, h.reshape(-1, h.shape[-1]), b, s, owned and not torch.is_grad_enabled()
+    )
 
 
-def product(A: Tensor, B: Tensor, s: float) -> Tensor:
-    """s B A [d_out, d_in]."""
-    return torch.mm(B * s, A)
+def column_dot(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ_t a_ti b_ti of two [tokens, d] matrices: [d], summed in ``dtype``.
+
+    On CPU in blocks that stay in the cache: the product of the whole would be one more
+    tensor of their size, written and read for nothing.
+    """
+    block = max(1, SMALL // max(1, a.shape[1]))
+    if a.device.type != "cpu" or a.shape[0] <= 2 * block:
+        return (a * b).sum(dim=0, dtype=dtype)
+    total = torch.zeros(a.shape[1], dtype=dtype, device=a.device)
+    for x, y in zip(a.split(block), b.split(block), strict=True):
+        total += (x * y).sum(dim=0, dtype=dtype)
+    return total

@@ -14,10 +14,20 @@ import regex
 
 from lorasmith.errors import ConfigError
 
-__all__ = ["first_matching_key", "matches_name", "matches_regex"]
+__all__ = ["check_regex", "first_matching_key", "matches_name", "matches_regex"]
 
 #: Seconds that one match of one name may take. A sane pattern needs microseconds.
 TIME_LIMIT = 0.5
+
+
+def check_regex(pattern: str, *, key: str) -> None:
+    """Raises a ``ConfigError`` unless ``pattern`` is a valid regular expression."""
+    try:
+        regex.compile(pattern)
+    except regex.error as error:
+        raise ConfigError(
+            f"{pattern!r} is not a valid regular expression: {error}.", key=key, got=pattern
+        ) from error
 
 
 def matches_regex(pattern: str, name: str, *, key: str = "targets") -> bool:
@@ -26,12 +36,9 @@ def matches_regex(pattern: str, name: str, *, key: str = "targets") -> bool:
     Raises:
         ConfigError: If the pattern is not valid or takes longer than ``TIME_LIMIT``.
     """
+    check_regex(pattern, key=key)
     try:
         return regex.fullmatch(pattern, name, timeout=TIME_LIMIT) is not None
-    except regex.error as error:
-        raise ConfigError(
-            f"{pattern!r} is not a valid regular expression: {error}.", key=key, got=pattern
-        ) from error
     except TimeoutError as error:
         raise ConfigError(
             f"The regular expression {pattern!r} took over {TIME_LIMIT} s on {name!r}.",

@@ -42,7 +42,7 @@ def register(variant: Variant, *, replace: bool = False) -> Variant:
             expected=f"{variant.config_class.__name__}.variant == {name!r}",
             got=repr(variant.config_class.variant),
         )
-    if name in _VARIANTS and not replace:
+    if _VARIANTS.get(name, variant) is not variant and not replace:
         raise ConfigError(
             f"A variant named {name!r} is registered already.",
             fix="choose another name, or pass replace=True",

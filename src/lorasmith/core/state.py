@@ -7,14 +7,16 @@ any other. No module of the model is replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lorasmith.core.config import AdapterConfig
 from lorasmith.core.layers import LayerInfo
+from lorasmith.core.lowrank import Siblings
 from lorasmith.core.variant import NewTensors, Variant
 
 __all__ = [
@@ -49,12 +51,15 @@ class LayerAdapter(nn.Module):
         self.variant = variant
         self.config = config
         self.info = info
+        self.constants = variant.constants(config, info)
         for name, value in tensors.trainable.items():
             self.register_parameter(name, nn.Parameter(_master(value)))
         for name, value in tensors.frozen.items():
             self.register_buffer(name, _master(value))
         #: Scratch for what a variant may keep between calls; never saved or copied.
         self.cache: dict[str, Any] = {}
+        #: Adapters of neighbouring layers that products may be shared with.
+        self.siblings: Siblings | None = None
 
     def __getitem__(self, tensor: str) -> Tensor:
         value = self._parameters.get(tensor)
@@ -100,12 +105,30 @@ def _master(value: Tensor) -> Tensor:
     return value.clone(memory_format=torch.contiguous_format)
 
 
-class AdapterSlot(nn.Module):
+class _Hooked(nn.Module):
+    """A child module that comes with hooks on its parent.
+
+    PyTorch numbers hooks by process. In a model that was pickled in another one, the next
+    hook a user registers could get the number of ours and replace it in silence.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: The highest number among the hooks of the parent that are ours.
+        self.last_hook = -1
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        RemovableHandle.next_id = max(RemovableHandle.next_id, self.last_hook + 1)
+
+
+class AdapterSlot(_Hooked):
     """All adapters of one layer, and which of them act.
 
     Attributes:
         live: The adapters that act, in order. A plain tuple, replaced as a whole, so
             that switching rebuilds no module and a forward sees one consistent set.
+        transforms_input: Whether one of them changes what the base layer sees.
         fused: Name of the adapter that is in the base weights at the moment.
     """
 
@@ -113,6 +136,7 @@ class AdapterSlot(nn.Module):
         super().__init__()
         self.info = info
         self.live: tuple[LayerAdapter, ...] = ()
+        self.transforms_input = False
         self.fused: str | None = None
         self.originals: dict[str, Tensor] = {}
 
@@ -135,14 +159,19 @@ class AdapterSlot(nn.Module):
     def remove(self, name: str) -> None:
         """Takes an adapter away."""
         gone = self._modules.pop(self._key(name))
-        self.live = tuple(a for a in self.live if a is not gone)
+        self.set_live(a for a in self.live if a is not gone)
+
+    def set_live(self, adapters: Iterable[LayerAdapter]) -> None:
+        """Says which adapters act, in which order."""
+        self.live = tuple(adapters)
+        self.transforms_input = any(a.variant.transforms_input for a in self.live)
 
     def names(self) -> tuple[str, ...]:
         """Names of the adapters on this layer."""
         return tuple(key.removeprefix("adapter_") for key in self._modules)
 
 
-class SavedModule(nn.Module):
+class SavedModule(_Hooked):
     """Trainable copies of one module, one for each adapter (``modules_to_save``).
 
     The copy's output stands in for the module's. The module itself is not touched, so

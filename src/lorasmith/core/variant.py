@@ -9,7 +9,7 @@ loading) is written once in ``core`` and ``io`` and driven by these declarations
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -64,6 +64,9 @@ class LayerState(Protocol):
 
     @property
     def training(self) -> bool: ...
+
+    @property
+    def constants(self) -> Mapping[str, Any]: ...
 
     def __getitem__(self, tensor: str) -> Tensor: ...
 
@@ -159,6 +162,14 @@ class Variant(ABC):
             config: The variant's configuration.
         """
 
+    def constants(self, config: Any, info: LayerInfo) -> dict[str, Any]:
+        """What the configuration says of one layer, looked up once: ``state.constants``.
+
+        To match patterns on every call would be slow, and ``torch.compile`` cannot follow
+        a regular expression.
+        """
+        return {}
+
     def before(self, state: LayerState, x: Tensor, base: BaseLayer) -> tuple[Tensor, Carry]:
         """Acts on the layer's input x [..., d_in]; gives the new input and the carry."""
         return x, None
@@ -225,13 +236,32 @@ class Variant(ABC):
             shapes: PEFT key (without the module name) → shape.
         """
 
+    def file_config(self, config: Any, frozen: Collection[str]) -> Any:
+        """The configuration that describes the tensors as they stand in a file.
+
+        ``to_peft`` and ``tensor_specs`` are asked about this one. It differs from
+        ``config`` only where frozen tensors must be folded into what PEFT knows.
+
+        Args:
+            config: The adapter's configuration.
+            frozen: Names of the frozen tensors that each layer has.
+        """
+        return config
+
     def to_file(self, state: LayerState) -> dict[str, Tensor]:
         """PEFT key (without the module name) → tensor, ready to be written."""
         specs = self.tensor_specs(state.config, state.info)
         return {spec.key: state[n].reshape(spec.shape) for n, spec in specs.items()}
 
     def from_file(self, config: Any, info: LayerInfo, tensors: Mapping[str, Tensor]) -> NewTensors:
-        """The inverse of :meth:`to_file`; ``tensors`` has exactly the specified keys."""
+        """The inverse of :meth:`to_file`.
+
+        Args:
+            config: The adapter's own configuration, not :meth:`file_config`.
+            info: The layer.
+            tensors: PEFT key → tensor, with exactly the keys and shapes of
+                ``tensor_specs(file_config)``.
+        """
         specs = self.tensor_specs(config, info)
         shapes = self.shapes(config, info)
         return NewTensors({n: tensors[s.key].reshape(shapes[n]) for n, s in specs.items()})

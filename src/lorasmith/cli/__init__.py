@@ -1,0 +1,11 @@
+"""The command line: ``lorasmith train | eval | generate | info | demo | version``.
+
+One file a command. Everything that takes long to import is imported by the commands when
+they run, so that help texts and mistakes in options answer at once.
+"""
+
+from __future__ import annotations
+
+from lorasmith.cli.app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,94 @@
+"""``lorasmith train MODEL DATA -o OUTPUT``: fine-tune an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.table import Table
+
+from lorasmith.cli.output import Common, CommonOptions, emit, grid, number, session
+from lorasmith.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from lorasmith.training.trainer import TrainResult
+
+__all__ = ["show_result", "train"]
+
+
+def train(
+    options: Annotated[TrainConfig, Parameter(name="*")],
+    *,
+    config: Path | None = None,  # noqa: ARG001 - lorasmith.cli.app has read it
+    common: CommonOptions = Common(),  # noqa: B008 - frozen
+) -> int:
+    """Fine-tune an adapter on a base model.
+
+    The result is a PEFT directory with the course of the run in training.json. Stopped by
+    Ctrl-C or SIGTERM, it writes a checkpoint first; --resume last goes on from there.
+
+    Parameters
+    ----------
+    options
+        The run.
+    config
+        YAML file with options of this command (names as above, the adapter's nested under
+        "adapter"). The command line wins.
+    """
+    with session(common):
+        from lorasmith.training.trainer import TrainingInterrupted
+        from lorasmith.training.trainer import train as run
+
+        code = 0
+        try:
+            result = run(options, progress=not common.quiet)
+        except TrainingInterrupted as stop:
+            result, code = stop.result, stop.code
+        emit(common, result.to_dict(), lambda console: show_result(result, console))
+    return code
+
+
+def show_result(result: TrainResult, console: Console) -> None:
+    """The loss table and what it took."""
+    table = Table(title="Loss", title_justify="left")
+    for heading in ("step", "training", "evaluation", "learning rate"):
+        table.add_column(heading, justify="right")
+    for row in loss_rows(result):
+        table.add_row(*row)
+    console.print(table)
+    memory = result.peak_memory_bytes
+    console.print(
+        grid(
+            {
+                "status": result.status,
+                "adapter": result.adapter_path,
+                "checkpoint": result.checkpoint,
+                "parameters": f"{result.trainable_parameters:,} trained of "
+                f"{result.total_parameters:,}",
+                "time": f"{result.seconds:.1f} s, {result.tokens_per_second:,.0f} tokens/s",
+                "peak memory": f"{memory / 2**30:.2f} GiB" if memory else None,
+            }
+        )
+    )
+
+
+def loss_rows(result: TrainResult, most: int = 12) -> list[tuple[str, str, str, str]]:
+    """At most about ``most`` rows of the history, spread evenly, evaluations always among them."""
+    evaluations = {e.step: e.loss for e in result.evaluations}
+    losses = {e.step: e for e in result.losses}
+    stride = max(1, -(-len(losses) // most))
+    chosen = set(list(losses)[::stride]) | set(list(losses)[-1:]) | set(evaluations)
+    rows = []
+    for step in sorted(chosen):
+        entry = losses.get(step)
+        rows.append(
+            (
+                str(step),
+                number(entry.loss) if entry else "",
+                number(evaluations[step]) if step in evaluations else "",
+                number(entry.learning_rate, 3) if entry else "",
+            )
+        )
+    return rows

@@ -1,0 +1,463 @@
+"""Saving, loading and reading adapters: PEFT's directories, read strictly.
+
+A directory holds PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``, so that
+PEFT, vLLM and others use it as it is, and ``lorasmith.json`` beside them with what PEFT
+cannot express: the configuration in our own words, the base model's fingerprint, and the
+SHA-256 of both other files, which binds the three to one generation.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.core.adapter import Adapter, adapters, unwrap
+from lorasmith.core.attach import check_free, put, trainable_copy
+from lorasmith.core.factors import factors_of
+from lorasmith.core.layers import LayerInfo, device_of
+from lorasmith.core.state import LayerAdapter
+from lorasmith.core.targets import candidates
+from lorasmith.core.variant import Factors, NewTensors
+from lorasmith.errors import AdapterFileError, BaseMismatchError, LorasmithError
+from lorasmith.io import peft
+from lorasmith.io.fingerprint import Fingerprint, fingerprint
+from lorasmith.io.hub import locate
+from lorasmith.io.strict import parse_object
+from lorasmith.io.tensors import FileTensors, identity, sha256_of
+from lorasmith.io.weights import (
+    FORMAT,
+    OWN,
+    AdapterWeights,
+    BaseModel,
+    check_finite,
+    in_file,
+    reason_for,
+    record_config,
+    translate,
+)
+
+__all__ = ["factors", "load", "read_adapter", "save"]
+
+#: Times that files are read again while somebody is replacing them, and seconds between.
+_TRIES = 5
+_PAUSE = 0.05
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> Path:
+    """Saves an adapter of a model as a directory that PEFT can load, too.
+
+    The files are replaced as a whole or not at all, and are on disk when this returns;
+    other files in the directory stay. In distributed training only rank 0 writes; where
+    tensors are sharded, every rank must call it.
+
+    Args:
+        model: The model.
+        path: The directory; made with its parents if it does not exist.
+        name: Which adapter; the active or only one by default.
+
+    Returns:
+        The directory.
+
+    Raises:
+        UnknownNameError: If there is no such adapter.
+        AdapterFileError: If a value is not finite, the path holds something other than an
+            adapter, or writing fails.
+    """
+    weights = AdapterWeights.from_model(model, name)
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank():
+        return Path(path)
+    return weights.save(path)
+
+
+def read_adapter(path: str | os.PathLike[str]) -> AdapterWeights:
+    """Reads an adapter without a model; tensors are read one by one when asked for.
+
+    Names, shapes and dtypes of all tensors are checked at once, and where our own file is
+    beside PEFT's, that all are of one generation.
+
+    Args:
+        path: A directory, a directory with one adapter in a subdirectory, or a hub id.
+
+    Raises:
+        AdapterFileError: If it is incomplete, inconsistent or not an adapter.
+    """
+    folder = locate(path)
+    failure: LorasmithError | None = None
+    for _ in range(_TRIES):
+        before, failure = _identities(folder), None
+        try:
+            weights = _read(folder)
+        except LorasmithError as error:
+            failure = error
+        except FileNotFoundError as error:
+            failure = AdapterFileError(f"A file is gone: {error}.", file=folder)
+        else:
+            if _identities(folder) == before:
+                return weights
+        # Somebody may be replacing the files; then they are others in a moment.
+        time.sleep(_PAUSE)
+        if failure is not None and _identities(folder) == before:
+            raise failure
+    raise failure or AdapterFileError(
+        "The adapter's files change faster than they can be read.",
+        file=folder,
+        fix="wait until whoever writes them has finished",
+    )
+
+
+def _identities(folder: Path) -> list[tuple[int, ...] | None]:
+    return [identity(folder / name) for name in (peft.CONFIG, peft.WEIGHTS, OWN)]
+
+
+def _read(folder: Path) -> AdapterWeights:
+    config_file, weights_file, own_file = (
+        folder / peft.CONFIG,
+        folder / peft.WEIGHTS,
+        folder / OWN,
+    )
+    if not weights_file.is_file():
+        pickled = (folder / peft.PICKLE).is_file()
+        raise AdapterFileError(
+            "The adapter's weights are a pickle file, which can run any code when it is read."
+            if pickled
+            else "The adapter has no weights.",
+            file=folder,
+            expected=peft.WEIGHTS,
+            got=peft.PICKLE if pickled else None,
+            fix="load it with PEFT where you trust it, and save it again as safetensors"
+            if pickled
+            else "save or download the adapter again (pickle files are not read)",
+        )
+    data = config_file.read_bytes()
+    fields = parse_object(data, config_file)
+    tensors = FileTensors(weights_file)
+    record = _own_record(folder, data, weights_file)
+    config, unsupported = None, None
+    if record is not None:
+        config = record_config(record, own_file)
+    if config is None:
+        config, unsupported = translate(fields, tensors, config_file)
+    try:
+        return AdapterWeights(
+            config,
+            fields,
+            tensors,
+            base=_base(fields, record, own_file),
+            frozen=_names(record, "frozen", own_file),
+            padding=_names(record, "padding", own_file),
+            unsupported=unsupported,
+            path=folder,
+        )
+    except AdapterFileError as error:
+        if error.file is not None:
+            raise
+        raise in_file(error, folder) from error
+
+
+def _own_record(folder: Path, config: bytes, weights: Path) -> dict[str, Any] | None:
+    """What ``lorasmith.json`` says, or ``None`` if it is not there or of other files."""
+    import hashlib
+
+    own = folder / OWN
+    try:
+        record = parse_object(own.read_bytes(), own)
+    except FileNotFoundError:
+        return None
+    version = record.get("format")
+    if version != FORMAT:
+        raise AdapterFileError(
+            "The record beside the adapter has a format that this version does not know.",
+            file=own,
+            key="format",
+            expected=FORMAT,
+            got=repr(version),
+            fix=f"upgrade lorasmith, or delete {OWN} to read the adapter as one of PEFT's",
+        )
+    manifest = record.get("manifest")
+    entries = manifest if isinstance(manifest, dict) else {}
+    wanted = [
+        entry.get("sha256") if isinstance(entry, dict) else None
+        for entry in (entries.get(peft.CONFIG), entries.get(peft.WEIGHTS))
+    ]
+    got = [hashlib.sha256(config).hexdigest(), sha256_of(weights)]
+    same = [w == g for w, g in zip(wanted, got, strict=True)]
+    if all(same):
+        return record
+    if not any(same):
+        warnings.warn(
+            f"{os.fspath(own)} describes other files than those beside it (another program "
+            "has replaced them); it is ignored. Save the adapter again to renew it.",
+            UserWarning,
+            stacklevel=5,
+        )
+        return None
+    changed, kept = (peft.CONFIG, peft.WEIGHTS) if same[1] else (peft.WEIGHTS, peft.CONFIG)
+    raise AdapterFileError(
+        f"The files are of different generations: {changed} is not the one that was saved "
+        f"with {kept}.",
+        file=folder / changed,
+        expected="the file with the SHA-256 that lorasmith.json records",
+        fix="copy or save the adapter again; if the change was meant, delete " + OWN,
+    )
+
+
+def _names(record: Mapping[str, Any] | None, key: str, file: Path) -> list[str]:
+    values = [] if record is None else record.get(key, [])
+    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+        raise AdapterFileError(
+            "A field is malformed.", file=file, key=key, expected="a list of names"
+        )
+    return values
+
+
+def _base(fields: Mapping[str, Any], record: Mapping[str, Any] | None, file: Path) -> BaseModel:
+    name = fields.get("base_model_name_or_path")
+    values = None if record is None else record.get("base")
+    stored = values.get("fingerprint") if isinstance(values, dict) else None
+    found = None
+    if stored is not None:
+        try:
+            found = Fingerprint.from_dict(stored)
+        except AdapterFileError as error:
+            raise in_file(error, file) from error
+    return BaseModel(name if isinstance(name, str) and name else None, found)
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    trainable: bool = False,
+    allow_base_mismatch: bool = False,
+) -> Adapter:
+    """Loads an adapter, written by us or by PEFT, onto a model and makes it the active one.
+
+    The tensors in the files are all there is to it: no initialisation is run, and the
+    base weights stay as they are. They become float32 whatever they are stored in.
+
+    Args:
+        model: The base model.
+        path: A directory, a directory with one adapter in a subdirectory, or a hub id.
+        name: Name for the adapter; by default "default" if it is free, else the
+            directory's name.
+        trainable: Whether it is to be trained further.
+        allow_base_mismatch: Whether to load it although it was made for another base
+            model, as its fingerprint tells. Every tensor must fit all the same.
+
+    Returns:
+        A handle to the adapter.
+
+    Raises:
+        AdapterFileError: If the adapter is incomplete, inconsistent, or does not fit the
+            model. The model is untouched then, as with all other errors.
+        BaseMismatchError: If it was made for another base model.
+        AttachError: If the name is taken or the model's state does not allow it.
+    """
+    root = unwrap(model)
+    weights = read_adapter(path)
+    assert weights.path is not None
+    name = _default_name(root, Path(path), weights.path) if name is None else name
+    check_free(root, name)
+    file = weights.path / peft.WEIGHTS
+    if weights.unsupported is not None:
+        raise AdapterFileError(
+            weights.unsupported, file=weights.path / peft.CONFIG, fix="load it with PEFT"
+        )
+    _refuse_unexpected(root, weights, file)
+    _check_base(root, weights, allow_base_mismatch)
+    infos = _layers(root, weights, file)
+    _check_targets(root, weights, file)
+    parts = {}
+    for module, info in infos.items():
+        weights.check_shapes(info)
+        new = _moved(weights.new_tensors(module, info), root.get_submodule(module))
+        parts[module] = LayerAdapter(weights.variant, weights.config, info, new)
+    copies = {m: _copy(root, weights, m, file) for m in weights.saved_modules}
+    for key in weights.padding:
+        check_finite(weights.tensors[f"{peft.PREFIX}{key}"], key, file)
+    return put(root, name, weights.config, parts, copies, trainable=trainable)
+
+
+def _default_name(root: nn.Module, given: Path, found: Path) -> str:
+    if "default" not in adapters(root):
+        return "default"
+    # What the user wrote, or the subdirectory in it; not the hub's cache directory.
+    last = found.name if given.exists() else given.name
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", Path(last).name).lstrip("-")[:128] or "adapter"
+
+
+def _refuse_unexpected(root: nn.Module, weights: AdapterWeights, file: Path) -> None:
+    if not weights.unexpected:
+        return
+    key = weights.unexpected[0]
+    own = {name for name, _ in root.named_parameters()}
+    reason = (
+        "it is a weight of the base model, which PEFT would overwrite"
+        if key in own
+        else reason_for(key)
+    )
+    raise AdapterFileError(
+        f"The file holds a tensor that the adapter does not use: {reason}.",
+        file=file,
+        key=key,
+        got=f"{len(weights.unexpected)} such tensors",
+        fix="load it with PEFT; lorasmith.read_adapter shows such tensors in .extras",
+    )
+
+
+def _check_base(root: nn.Module, weights: AdapterWeights, allow: bool) -> None:
+    stored, wanted = weights.base.fingerprint, weights.base.name
+    if stored is not None and not allow:
+        current = fingerprint(root, names=list(stored.sketch))
+        difference = stored.compare(current)
+        if not difference.same:
+            raise BaseMismatchError(
+                f"The adapter was made for another base model: {difference}.",
+                file=weights.path,
+                expected=wanted,
+                got=peft.base_name(root) or type(root).__name__,
+                fix="load the right base model, or pass allow_base_mismatch=True",
+            )
+    name = peft.base_name(root)
+    if wanted is not None and name is not None and wanted != name:
+        warnings.warn(
+            f"The adapter names {wanted!r} as its base model, and this one is {name!r}. "
+            + (
+                "Their weights agree."
+                if stored is not None and not allow
+                else "Whether they are the same was not checked."
+            ),
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _layers(root: nn.Module, weights: AdapterWeights, file: Path) -> dict[str, LayerInfo]:
+    known = {c.info.name: c.info for c in candidates(root)}
+    found = {}
+    for module in weights.modules:
+        if module not in known:
+            names = peft.module_names(root)
+            near = difflib.get_close_matches(module, known, n=1, cutoff=0.8)
+            raise AdapterFileError(
+                "The adapter has tensors for a layer that lorasmith cannot adapt."
+                if module in names
+                else "The adapter has tensors for a layer that the model does not have.",
+                file=file,
+                key=module,
+                got=f"{type(root).__name__} with {len(known)} linear-like layers",
+                expected=f"e.g. {near[0] if near else next(iter(known), None)}",
+                fix="load it onto the model that it was made for",
+            )
+        found[module] = known[module]
+    return found
+
+
+def _check_targets(root: nn.Module, weights: AdapterWeights, file: Path) -> None:
+    """Tensors and configuration must name the same layers, as PEFT reads the latter."""
+    heads = {c.info.name for c in candidates(root) if c.is_head}
+    able = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    names = [c.info.name for c in candidates(root)]
+    names += [
+        n for n, m in root.named_modules() if isinstance(m, able) and n in peft.module_names(root)
+    ]
+    wanted = peft.targeted(weights.peft, names, heads.__contains__)
+    if wanted is None:
+        return
+    here = set(weights.modules)
+    for gap, what in (
+        (wanted - here, "has no tensors for a layer of this model that its configuration names"),
+        (here - wanted, "has tensors for a layer that its configuration does not name"),
+    ):
+        if gap:
+            raise AdapterFileError(
+                f"The adapter {what}.",
+                file=file,
+                key=sorted(gap)[0],
+                got=f"{len(gap)} such layers, {len(here)} with tensors",
+                expected="the same layers in target_modules and in the weights",
+                fix="the file may be incomplete or belong to another model; else correct "
+                "target_modules",
+            )
+
+
+def _moved(new: NewTensors, layer: nn.Module) -> NewTensors:
+    """The tensors on the layer's device; on the CPU if that is the meta device."""
+    device = device_of(layer)
+    if device.type == "meta":
+        return new
+    return NewTensors(
+        {n: t.to(device) for n, t in new.trainable.items()},
+        {n: t.to(device) for n, t in new.frozen.items()},
+    )
+
+
+def _copy(root: nn.Module, weights: AdapterWeights, module: str, file: Path) -> nn.Module:
+    """The trainable copy of a module of ``modules_to_save``, with the file's values."""
+    try:
+        original = root.get_submodule(module)
+    except AttributeError as error:
+        raise AdapterFileError(
+            "The adapter has a copy of a module that the model does not have.",
+            file=file,
+            key=module,
+            fix="load it onto the model that it was made for",
+        ) from error
+    made = trainable_copy(original)
+    wanted = made.state_dict()
+    leaves = set(weights.saved_modules[module])
+    for leaf in sorted(wanted.keys() ^ leaves):
+        raise AdapterFileError(
+            "A tensor is missing." if leaf in wanted else "A tensor is not one of the module's.",
+            file=file,
+            key=f"{peft.PREFIX}{module}.{leaf}",
+        )
+    values: dict[str, Tensor] = {}
+    for leaf, mine in wanted.items():
+        key = f"{peft.PREFIX}{module}.{leaf}"
+        value = weights.tensors[key]
+        check_finite(value, key, file)
+        if value.shape != mine.shape or value.is_floating_point() != mine.is_floating_point():
+            raise AdapterFileError(
+                "A tensor does not fit the module that it is a copy of.",
+                file=file,
+                key=key,
+                expected=f"{list(mine.shape)} {mine.dtype}",
+                got=f"{list(value.shape)} {value.dtype}",
+                fix="is it the right base model (number of labels, vocabulary)?",
+            )
+        values[leaf] = value.to(mine.dtype) if mine.is_meta else value.to(mine.device, mine.dtype)
+    made.load_state_dict(values, assign=True)
+    return made.requires_grad_(True)
+
+
+def factors(
+    model_or_path: nn.Module | AdapterWeights | str | os.PathLike[str], name: str | None = None
+) -> Mapping[str, Factors]:
+    """Module name → low-rank factors of an adapter, whoever made it and wherever it is.
+
+    Args:
+        model_or_path: A model with adapters of ours or of PEFT (then the tensors are the
+            live ones), an adapter that has been read, a directory, or a hub id.
+        name: Which of a model's adapters; the active one by default.
+
+    Raises:
+        UnknownNameError: If there is no such adapter or it has no low-rank layer.
+        AdapterFileError: If the files cannot be read.
+    """
+    if isinstance(model_or_path, nn.Module):
+        return factors_of(model_or_path, name)
+    if not isinstance(model_or_path, AdapterWeights):
+        model_or_path = read_adapter(model_or_path)
+    return model_or_path.factors

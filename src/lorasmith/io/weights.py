@@ -1,0 +1,984 @@
+"""An adapter without a model: configuration, tensors, and where it comes from.
+
+All other tools (diagnostics, fleets, merging) take an adapter in this form, and there is
+one writer: ``save(model, path)`` is ``AdapterWeights.from_model(model).save(path)``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith import __version__
+from lorasmith.core.adapter import get_adapter
+from lorasmith.core.config import AdapterConfig, LowRankConfig
+from lorasmith.core.layers import LayerInfo
+from lorasmith.core.patterns import first_matching_key
+from lorasmith.core.registry import config_from_dict, variant_of, variants
+from lorasmith.core.state import SAVED, SLOT, LayerAdapter
+from lorasmith.core.variant import Factors, NewTensors, Variant
+from lorasmith.errors import (
+    AdapterFileError,
+    ConfigError,
+    LorasmithError,
+    UnknownNameError,
+    UnsupportedFeatureError,
+)
+from lorasmith.io import peft
+from lorasmith.io.atomic import replace_files
+from lorasmith.io.fingerprint import Fingerprint, fingerprint
+from lorasmith.io.tensors import FileTensors, MemoryTensors, TensorSource, sha256_of
+
+__all__ = ["OWN", "AdapterWeights", "BaseModel", "FileState", "check_finite", "translate"]
+
+#: Our own file beside PEFT's two.
+OWN = "lorasmith.json"
+#: Version of its format. A higher one is not read.
+FORMAT = 1
+#: Files of one generation; ``adapter_model.bin`` would be a stale older one.
+OWNED = frozenset({peft.CONFIG, peft.WEIGHTS, peft.PICKLE, OWN})
+#: Largest factor on B A that can be meant. PEFT's default is 1, usual values are below
+#: 10, rank-stabilised ones below 50.
+MAX_SCALING = 1000.0
+
+_V = TypeVar("_V")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that an adapter was made for, as far as its files tell.
+
+    Attributes:
+        name: Hub id or path that it was loaded from.
+        fingerprint: Its identity; adapters written by PEFT have none.
+    """
+
+    name: str | None = None
+    fingerprint: Fingerprint | None = None
+
+
+@dataclass(frozen=True)
+class FileState:
+    """One adapter's tensors on one layer, read from a file: a ``LayerState``.
+
+    Attributes:
+        config: Configuration of the adapter.
+        info: The layer. Sizes that the file does not tell are 0.
+        values: Tensor name → value, float32 (or float64).
+        training: Always ``False``.
+    """
+
+    config: AdapterConfig
+    info: LayerInfo
+    values: Mapping[str, Tensor]
+    training: bool = field(default=False, init=False)
+
+    @property
+    def constants(self) -> Mapping[str, Any]:
+        """What the configuration says of the layer."""
+        return variant_of(self.config).constants(self.config, self.info)
+
+    def __getitem__(self, tensor: str) -> Tensor:
+        return self.values[tensor]
+
+    def __contains__(self, tensor: object) -> bool:
+        return tensor in self.values
+
+
+class _Lazy(Mapping[str, _V]):
+    """Values that are computed at each access."""
+
+    def __init__(self, keys: Collection[str], get: Callable[[str], _V]) -> None:
+        self._keys = dict.fromkeys(keys)
+        self._get = get
+
+    def __getitem__(self, key: str) -> _V:
+        if key not in self._keys:
+            raise KeyError(key)
+        return self._get(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys  # without computing the value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __repr__(self) -> str:
+        return f"<{len(self._keys)} entries, read on access>"
+
+
+class AdapterWeights:
+    """An adapter as a value, read lazily if it comes from a file.
+
+    Made by :func:`lorasmith.read_adapter`, :meth:`from_model` or :meth:`from_tensors`.
+    What is wrong with names, shapes and dtypes is found when it is made; whether values
+    are finite when they are read.
+
+    Attributes:
+        config: The configuration.
+        peft: The fields of PEFT's ``adapter_config.json``.
+        tensors: Name in the file → tensor in its stored dtype, read at each access.
+        base: The model it was made for.
+        frozen: Names of the frozen tensors that each layer has (a part of W that an
+            initialisation took over), folded into PEFT's tensors in the file.
+        padding: Tensors of ``extras`` that are plain copies of base weights, written
+            because PEFT would ask for them.
+        unsupported: Why :func:`lorasmith.load` refuses it, or ``None``.
+        path: The directory it was read from, or ``None``.
+    """
+
+    def __init__(
+        self,
+        config: AdapterConfig,
+        peft_fields: Mapping[str, Any],
+        tensors: TensorSource,
+        *,
+        base: BaseModel | None = None,
+        frozen: Collection[str] = (),
+        padding: Collection[str] = (),
+        unsupported: str | None = None,
+        conv1d: Collection[str] | None = None,
+        path: Path | None = None,
+    ) -> None:
+        self.config = config
+        self.peft = dict(peft_fields)
+        self.tensors = tensors
+        self.base = base or BaseModel()
+        self.frozen = tuple(sorted(frozen))
+        self.padding = tuple(sorted(padding))
+        self.unsupported = unsupported
+        self.path = path
+        self._variant = variant_of(config)
+        self._file_config = self._variant.file_config(config, self.frozen)
+        keys, rest = _arrange(self._variant, self._file_config, tensors)
+        self._keys = keys
+        # No model at hand: PEFT has one flag for all layers.
+        transposed = bool(peft_fields.get("fan_in_fan_out"))
+        self._infos = {
+            name: self._describe(name, transposed if conv1d is None else name in conv1d)
+            for name in keys
+        }
+        self._factor_keys = {k for name in keys for k in self._keys_of_factors(name)}
+        self._saved = _saved_tensors(rest, self.peft)
+        missing = [p for p in self.padding if p not in self._saved]
+        if missing:
+            raise self._error("A tensor is missing.", key=missing[0])
+        others = (k.removeprefix(peft.PREFIX) for k in rest)
+        self._unexpected = tuple(k for k in others if k not in self._saved)
+        self._check_scaling()
+
+    # -- making ----------------------------------------------------------------------
+
+    @classmethod
+    def from_model(cls, model: nn.Module, name: str | None = None) -> AdapterWeights:
+        """A snapshot of an adapter on a model; later training does not change it.
+
+        With sharded tensors (DTensor) every rank must call this, since they are gathered.
+
+        Args:
+            model: The model.
+            name: Which adapter; the active or only one by default.
+
+        Raises:
+            UnknownNameError: If there is no such adapter.
+            AdapterFileError: If a tensor cannot be saved (partitioned, meta device).
+        """
+        adapter = get_adapter(model, name)
+        root, config = adapter.model, adapter.config
+        parts: dict[str, LayerAdapter] = adapter.layers()
+        copies = adapter.saved_modules()
+        variant = variant_of(config)
+        frozen = {n for part in parts.values() for n, _ in part.named_buffers()}
+        tensors: dict[str, Tensor] = {}
+        for module, part in parts.items():
+            for suffix, value in variant.to_file(part).items():
+                tensors[f"{peft.PREFIX}{module}.{suffix}"] = _snapshot(value)
+        for module, made in copies.items():
+            for leaf, value in made.state_dict().items():
+                tensors[f"{peft.PREFIX}{module}.{leaf}"] = _snapshot(value)
+        names = peft.module_names(root)
+        task = peft.task_type(root)
+        implied = peft.implied_modules(task)
+        if any(peft.replaced_module(implied, f"{m}.weight") is not None for m in parts):
+            # PEFT would train the head as a whole and keep the adapter off it.
+            task, implied = None, ()
+        # PEFT looks for modules_to_save by the end of the name alone, and asks the file for
+        # every module it finds: what is not ours among them gets the base's own values.
+        padding = []
+        for module in peft.replaced_modules((*copies, *implied), names):
+            if module in parts:
+                warnings.warn(
+                    f"PEFT cannot load this adapter: it takes {module!r} for one of "
+                    f"modules_to_save={list(copies)}, going by the end of the name, and there is "
+                    "an adapter on it. lorasmith can.",
+                    UserWarning,
+                    stacklevel=3,
+                )
+            elif module not in copies:
+                for leaf, value in _own_state(root.get_submodule(module)).items():
+                    padding.append(f"{module}.{leaf}")
+                    tensors[f"{peft.PREFIX}{module}.{leaf}"] = _snapshot(value)
+        infos = {m: part.info for m, part in parts.items()}
+        fields = _peft_fields(
+            variant,
+            variant.file_config(config, frozen),
+            infos,
+            names=names,
+            saved=list(copies),
+            task=task,
+            base=peft.base_name(root),
+        )
+        if task is None:
+            origin = type(root)
+            fields["auto_mapping"] = {
+                "base_model_class": origin.__name__,
+                "parent_library": origin.__module__,
+            }
+        return cls(
+            config,
+            fields,
+            MemoryTensors(tensors),
+            base=BaseModel(peft.base_name(root), fingerprint(root, without=list(copies))),
+            frozen=frozen,
+            padding=padding,
+            conv1d={m for m, info in infos.items() if info.kind == "conv1d"},
+        )
+
+    @classmethod
+    def from_tensors(
+        cls,
+        config: AdapterConfig,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        *,
+        extras: Mapping[str, Tensor] | None = None,
+        like: AdapterWeights | None = None,
+        base: BaseModel | None = None,
+    ) -> AdapterWeights:
+        """An adapter made of tensors, e.g. by merging others.
+
+        Args:
+            config: Its configuration; ranks must be those of the tensors.
+            tensors: Module name → tensor name of the variant (``"A"``, ``"B"``,
+                ``"magnitude"``, ``"gain"``, …; frozen ones too) → value. Kept in the dtype
+                given, and not copied.
+            extras: ``"<module>.<tensor>"`` → value of ``modules_to_save``.
+            like: An adapter of the same base: base, task type and layout are taken over.
+            base: The base model, if ``like`` does not say it.
+
+        Raises:
+            AdapterFileError: If tensors are missing, unexpected or of a wrong shape.
+        """
+        if not tensors:
+            raise AdapterFileError("An adapter needs at least one layer.", key="tensors")
+        variant = variant_of(config)
+        outline = variant.shapes(config, LayerInfo("", 1, 1, "linear", False, False))
+        frozen = {n for values in tensors.values() for n in values if n not in outline}
+        flat: dict[str, Tensor] = {}
+        infos = {}
+        for module, values in tensors.items():
+            missing = [n for n in (*outline, *sorted(frozen)) if n not in values]
+            if missing:
+                raise AdapterFileError("A tensor is missing.", key=f"{module}.{missing[0]}")
+            layout = like.layers.get(module) if like is not None else None
+            info = _sizes(variant, config, module, values, layout.kind if layout else "linear")
+            for suffix, value in variant.to_file(FileState(config, info, values)).items():
+                flat[f"{peft.PREFIX}{module}.{suffix}"] = value.detach().contiguous()
+            infos[module] = info
+        saved: list[str] = []
+        for key, value in (extras or {}).items():
+            flat[f"{peft.PREFIX}{key}"] = value.detach().contiguous()
+            owner = peft.replaced_module(config.modules_to_save, key) or key.rpartition(".")[0]
+            saved.append(owner)
+        known = {} if like is None else like.peft
+        fields = _peft_fields(
+            variant,
+            variant.file_config(config, frozen),
+            infos,
+            names=(),
+            saved=list(dict.fromkeys(saved)),
+            task=known.get("task_type"),
+            base=known.get("base_model_name_or_path", base.name if base else None),
+        )
+        if like is not None:
+            fields["auto_mapping"] = known.get("auto_mapping")
+            same = set(like.modules) == set(infos)
+            if same and type(config) is type(like.config):
+                for key in ("target_modules", "feedforward_modules"):
+                    if key in fields and key in known:
+                        fields[key] = known[key]
+        return cls(
+            config,
+            fields,
+            MemoryTensors(flat),
+            base=base or (None if like is None else like.base),
+            frozen=frozen,
+            conv1d={m for m, info in infos.items() if info.kind == "conv1d"},
+        )
+
+    # -- reading ---------------------------------------------------------------------
+
+    @property
+    def variant(self) -> Variant:
+        """The variant it is of."""
+        return self._variant
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the adapted layers, sorted (by number where they have one)."""
+        return tuple(self._infos)
+
+    @property
+    def layers(self) -> Mapping[str, LayerInfo]:
+        """Module name → what the files tell of the layer (sizes they do not tell are 0)."""
+        return dict(self._infos)
+
+    @property
+    def saved_modules(self) -> Mapping[str, tuple[str, ...]]:
+        """``modules_to_save``: module name → names of its tensors, without padding."""
+        found: dict[str, list[str]] = {}
+        for key, module in self._saved.items():
+            if key not in self.padding:
+                found.setdefault(module, []).append(key[len(module) + 1 :])
+        return {module: tuple(leaves) for module, leaves in found.items()}
+
+    @property
+    def unexpected(self) -> tuple[str, ...]:
+        """Names of tensors that nothing in the configuration explains."""
+        return self._unexpected
+
+    @property
+    def factors(self) -> Mapping[str, Factors]:
+        """Module name → low-rank factors, float32; read at each access.
+
+        Empty for variants that have none.
+        """
+        return _Lazy([m for m in self._infos if self._keys_of_factors(m)], self._factors_of)
+
+    @property
+    def extras(self) -> Mapping[str, Tensor]:
+        """Everything beside the factors, ``"<module>.<tensor>"`` → value as it is stored.
+
+        Gains, magnitudes, ``modules_to_save``, and what lorasmith does not know; read at
+        each access.
+        """
+        keys = {k.removeprefix(peft.PREFIX): k for k in self.tensors if k not in self._factor_keys}
+        return _Lazy(keys, lambda key: self.tensors[keys[key]])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the variant's tensors are stored; the widest if they differ."""
+        kinds = {self.tensors.dtype(k) for keys in self._keys.values() for k in keys.values()}
+        found = kinds.pop()
+        for kind in kinds:
+            found = torch.promote_types(found, kind)
+        return found
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable values, those of ``modules_to_save`` included."""
+        total = 0
+        for module in self._infos:
+            total += sum(t.numel() for t in self._outline(module).trainable.values())
+        for key in self._saved:
+            if key not in self.padding:
+                total += _numel(self.tensors.shape(f"{peft.PREFIX}{key}"))
+        return total
+
+    def state(self, module: str) -> FileState:
+        """The variant's tensors on one layer, under the variant's own names, float32.
+
+        Raises:
+            UnknownNameError: If the adapter does not adapt that layer.
+            AdapterFileError: If a value is not finite.
+        """
+        new = self.new_tensors(module)
+        return FileState(
+            self.config, self._infos[module], {**dict(new.trainable), **dict(new.frozen)}
+        )
+
+    def new_tensors(self, module: str, info: LayerInfo | None = None) -> NewTensors:
+        """What :meth:`state` gives, told apart into trainable and frozen tensors.
+
+        Args:
+            module: The layer.
+            info: The layer as a model has it; what the files tell by default.
+        """
+        if module not in self._keys:
+            raise UnknownNameError(
+                "The adapter does not adapt that layer.",
+                expected=_some(self._infos),
+                got=module,
+                key=module,
+            )
+        values = {}
+        for suffix, key in self._keys[module].items():
+            value = self.tensors[key]
+            check_finite(value, key, self.path and self.path / peft.WEIGHTS)
+            if value.dtype != torch.float64:
+                value = value.to(torch.float32)
+            values[suffix] = value
+        return self._variant.from_file(self.config, info or self._infos[module], values)
+
+    def delta(
+        self,
+        module: str,
+        weight: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """ΔW [d_out, d_in] of one layer.
+
+        Args:
+            module: The layer.
+            weight: W [d_out, d_in] of the base, for variants whose change depends on it
+                (DoRA, IA3); the transpose of what GPT-2's ``Conv1D`` stores. Otherwise it
+                is not looked at.
+            dtype: In which to compute and return it.
+
+        Raises:
+            AdapterFileError: If the variant needs ``weight`` and it is not given, or it
+                has another shape.
+        """
+        state = self.state(module)
+        found = self._variant.factors(state)
+        if found is not None and found.exact:
+            return found.delta(dtype)
+        if weight is None:
+            raise self._error(
+                f"What {self._variant.name} changes depends on the base weight.",
+                key=module,
+                expected="weight=W [d_out, d_in] of that layer",
+                fix="pass the layer's weight of the base model",
+            )
+        info = state.info
+        shape = tuple(weight.shape)
+        fits = len(shape) == 2 and shape == (info.d_out or shape[0], info.d_in or shape[1])
+        if not fits:
+            raise self._error(
+                "The base weight has another shape than the adapter's layer.",
+                key=module,
+                expected=f"[{info.d_out or 'd_out'}, {info.d_in or 'd_in'}]",
+                got=list(shape),
+            )
+        wide = weight.detach().to(dtype)
+        moved = FileState(
+            state.config, info, {n: t.to(wide.device, dtype) for n, t in state.values.items()}
+        )
+        return self._variant.effective_weight(moved, wide) - wide
+
+    # -- writing ---------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes it as a directory that PEFT can load; every value as it is, bit for bit.
+
+        The directory's files are replaced as a whole or not at all, and are on disk when
+        this returns. Other files in the directory stay.
+
+        Args:
+            path: The directory; made with its parents if it does not exist.
+
+        Raises:
+            AdapterFileError: If the path holds something other than an adapter, a value is
+                not finite, or writing fails; the path is as it was then.
+        """
+        target = Path(path)
+        _check_target(target)
+        for key in self.tensors:
+            check_finite(self.tensors[key], key, None)
+        try:
+            replace_files(target, OWNED, self._write)
+        except OSError as error:
+            raise AdapterFileError(
+                f"The adapter could not be written: {error}.",
+                file=target,
+                fix="check free space and permissions of the directory above",
+            ) from error
+        return target
+
+    def _write(self, folder: Path) -> None:
+        import shutil
+
+        weights, config = folder / peft.WEIGHTS, folder / peft.CONFIG
+        if isinstance(self.tensors, FileTensors) and not self.tensors.changed():
+            shutil.copyfile(self.tensors.path, weights)
+        else:
+            from safetensors.torch import save_file
+
+            values = {k: self.tensors[k].detach().cpu().contiguous() for k in self.tensors}
+            # Tensors that share memory are no copy of each other to safetensors.
+            save_file(_unshared(values), weights, metadata={"format": "pt"})
+        config.write_text(_json(self.peft), encoding="utf-8")
+        record = {
+            "format": FORMAT,
+            "version": __version__,
+            "config": None if self.unsupported else self.config.to_dict(),
+            "frozen": list(self.frozen),
+            "padding": list(self.padding),
+            "base": {
+                "name": self.base.name,
+                "fingerprint": None
+                if self.base.fingerprint is None
+                else self.base.fingerprint.to_dict(),
+            },
+            "manifest": {
+                f.name: {"sha256": sha256_of(f), "size": f.stat().st_size}
+                for f in (config, weights)
+            },
+        }
+        (folder / OWN).write_text(_json(record), encoding="utf-8")
+
+    # -- inside ----------------------------------------------------------------------
+
+    def _error(self, what: str, **details: Any) -> AdapterFileError:
+        return AdapterFileError(what, file=self.path, **details)
+
+    def _describe(self, module: str, conv1d: bool) -> LayerInfo:
+        """The layer of a module by the sizes of its tensors, all of which are checked."""
+        keys = self._keys[module]
+        kind: Literal["linear", "conv1d"] = "conv1d" if conv1d else "linear"
+        weights = self.path and self.path / peft.WEIGHTS
+        blank = LayerInfo(module, 0, 0, kind, False, False)
+        wanted = self._variant.tensor_specs(self._file_config, blank)
+        for spec in wanted.values():
+            if spec.key not in keys:
+                raise AdapterFileError(
+                    "A tensor is missing.",
+                    file=weights,
+                    key=f"{peft.PREFIX}{module}.{spec.key}",
+                    fix="the file is incomplete; save or download the adapter again",
+                )
+        shapes = {suffix: self.tensors.shape(key) for suffix, key in keys.items()}
+        try:
+            d_in, d_out = self._variant.sizes_from_file(shapes)
+        except (IndexError, KeyError, ValueError) as error:
+            raise AdapterFileError(
+                "The tensors of a layer have impossible shapes.",
+                file=weights,
+                key=module,
+                got=", ".join(f"{s} {list(shape)}" for s, shape in shapes.items()),
+            ) from error
+        info = LayerInfo(module, d_in, d_out, kind, False, False)
+        self.check_shapes(info)
+        for key in keys.values():
+            if not self.tensors.dtype(key).is_floating_point:
+                raise AdapterFileError(
+                    "A tensor does not hold floating-point numbers.",
+                    file=weights,
+                    key=key,
+                    expected="float32, float16, bfloat16 or float64",
+                    got=str(self.tensors.dtype(key)).removeprefix("torch."),
+                )
+        return info
+
+    def check_shapes(self, info: LayerInfo) -> None:
+        """Compares the tensors of a layer with what its sizes and the configuration ask for.
+
+        Raises:
+            AdapterFileError: If one has another shape.
+        """
+        for spec in self._variant.tensor_specs(self._file_config, info).values():
+            key = self._keys[info.name][spec.key]
+            got = self.tensors.shape(key)
+            if got != spec.shape:
+                raise AdapterFileError(
+                    "A tensor has another shape than its layer and configuration ask for.",
+                    file=self.path and self.path / peft.WEIGHTS,
+                    key=key,
+                    expected=f"{list(spec.shape)} (layer {info.d_in} → {info.d_out}"
+                    + (
+                        f", rank {self._file_config.rank_of(info.name)})"
+                        if isinstance(self._file_config, LowRankConfig)
+                        else ")"
+                    ),
+                    got=list(got),
+                    fix="is it the right base model, and the right adapter_config.json?",
+                )
+
+    def _check_scaling(self) -> None:
+        if not isinstance(self.config, LowRankConfig):
+            return
+        for module in self._infos:
+            scaling = self.config.scaling_of(module)
+            if not abs(scaling) <= MAX_SCALING:
+                raise AdapterFileError(
+                    "The scaling of the adapter is not plausible.",
+                    file=self.path and self.path / peft.CONFIG,
+                    key=module,
+                    expected=f"alpha / r (or alpha / √r) of at most {MAX_SCALING:g}",
+                    got=f"{scaling:g} (alpha {self.config.alpha_of(module):g}, "
+                    f"r {self.config.rank_of(module)})",
+                    fix="correct lora_alpha",
+                )
+
+    def _outline(self, module: str) -> NewTensors:
+        """The variant's tensors on one layer without their values."""
+        blank = {
+            suffix: torch.empty(self.tensors.shape(key), device="meta")
+            for suffix, key in self._keys[module].items()
+        }
+        return self._variant.from_file(self.config, self._infos[module], blank)
+
+    def _keys_of_factors(self, module: str) -> list[str]:
+        """Names in the file of the tensors that are the layer's factors."""
+        info = self._infos[module]
+        specs = self._variant.tensor_specs(self._file_config, info)
+        new = self._outline(module)
+        state = FileState(self.config, info, {**dict(new.trainable), **dict(new.frozen)})
+        found = self._variant.factors(state)
+        if found is None:
+            return []
+        shown = {id(t) for t in (found.A, found.B)}
+        return [
+            self._keys[module][spec.key]
+            for name, spec in specs.items()
+            if id(state.values[name]) in shown
+        ]
+
+    def _factors_of(self, module: str) -> Factors:
+        found = self._variant.factors(self.state(module))
+        assert found is not None
+        return found
+
+    def __repr__(self) -> str:
+        return (
+            f"AdapterWeights({self._variant.name}, {len(self._infos)} layers, "
+            f"{self.num_parameters:,} parameters"
+            + (f", {os.fspath(self.path)!r})" if self.path is not None else ")")
+        )
+
+
+def translate(
+    fields: Mapping[str, Any], tensors: Collection[str], file: Path
+) -> tuple[AdapterConfig, str | None]:
+    """Our configuration for PEFT's fields, and why the adapter cannot be loaded, if so.
+
+    Args:
+        fields: ``adapter_config.json``.
+        tensors: Names of the tensors in the weights file.
+        file: The configuration's path, for messages.
+
+    Raises:
+        AdapterFileError: If no variant knows the file, or a value in it is impossible.
+    """
+    kind = fields.get("peft_type")
+    if not isinstance(kind, str):
+        raise AdapterFileError(
+            "The configuration does not say what kind of adapter it is.",
+            file=file,
+            key="peft_type",
+            expected="a string such as 'LORA'",
+            got=repr(kind),
+        )
+    try:
+        config = _claim(fields, tensors)
+    except UnsupportedFeatureError as error:
+        # What is left of the configuration describes the factors all the same.
+        readable = {k: v for k, v in fields.items() if k != error.key}
+        config, more = translate(readable, tensors, file)
+        reason = f"{error.what} ({error.key} = {error.got})"
+        return config, reason if more is None else f"{reason}\n{more}"
+    except LorasmithError as error:
+        raise in_file(error, file) from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise AdapterFileError(
+            f"A value in the configuration has an impossible type: {error}.", file=file
+        ) from error
+    if config is not None:
+        return config, None
+    known = sorted({v.peft_type for v in variants().values()})
+    raise AdapterFileError(
+        f"Adapters of PEFT's type {kind} are not known.",
+        file=file,
+        key="peft_type",
+        expected=", ".join(known),
+        got=kind,
+        fix="lorasmith.register(...) adds a variant of your own",
+    )
+
+
+def _claim(fields: Mapping[str, Any], tensors: Collection[str]) -> AdapterConfig | None:
+    for variant in variants().values():
+        # First with any targets: which tensors are the variant's own, hence which modules
+        # it adapts, is only known once it has read its fields.
+        common: dict[str, Any] = {
+            "targets": "all-linear",
+            "exclude": (),
+            "layers": None,
+            "modules_to_save": (),
+        }
+        config = variant.from_peft(fields, common)
+        if config is None:
+            continue
+        keys, rest = _arrange(variant, config, tensors)
+        saved = _saved_tensors(rest, fields)
+        common["targets"] = peft.plain_targets(fields, list(keys))
+        common["modules_to_save"] = tuple(dict.fromkeys(saved.values()))
+        found: AdapterConfig | None = variant.from_peft(fields, common)
+        return found
+    return None
+
+
+def _arrange(
+    variant: Variant, config: AdapterConfig, tensors: Collection[str]
+) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Module name → PEFT key → name in the file; and the names that fit no PEFT key."""
+    blank = LayerInfo("", 1, 1, "linear", False, False)
+    suffixes = [spec.key for spec in variant.tensor_specs(config, blank).values()]
+    found: dict[str, dict[str, str]] = {}
+    rest = []
+    for key in tensors:
+        name = key.removeprefix(peft.PREFIX)
+        suffix = next((s for s in suffixes if name.endswith(f".{s}")), None)
+        if suffix is None or name == key:
+            rest.append(key)
+        else:
+            found.setdefault(name[: -len(suffix) - 1], {})[suffix] = key
+    if not found:
+        raise AdapterFileError(
+            "The file holds no tensor of an adapter.",
+            expected=f"names such as {peft.PREFIX}<module>.{suffixes[0]}",
+            got=_some(tensors),
+            key=next(iter(tensors), None),
+        )
+    return {n: found[n] for n in sorted(found, key=_natural)}, rest
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts layer 10 after layer 9; what a file says about order is of no use."""
+    parts = name.split(".")
+    return [(p.isdecimal(), len(p) if p.isdecimal() else 0, p) for p in parts]
+
+
+def _saved_tensors(rest: Collection[str], fields: Mapping[str, Any]) -> dict[str, str]:
+    """``"<module>.<tensor>"`` → module, of the tensors that ``modules_to_save`` explains."""
+    given = fields.get("modules_to_save") or ()
+    wanted = [
+        m
+        for m in (*given, *peft.implied_modules(fields.get("task_type")))
+        if isinstance(m, str) and m
+    ]
+    found = {}
+    for key in rest:
+        name = key.removeprefix(peft.PREFIX)
+        module = peft.replaced_module(wanted, name)
+        if module is not None and name != key:
+            found[name] = module
+    return found
+
+
+def _peft_fields(
+    variant: Variant,
+    config: AdapterConfig,
+    infos: Mapping[str, LayerInfo],
+    *,
+    names: Collection[str],
+    saved: list[str],
+    task: str | None,
+    base: str | None,
+) -> dict[str, Any]:
+    fields = variant.to_peft(config, infos)
+    feedforward = fields.get("feedforward_modules")
+    reach = (*saved, *peft.implied_modules(task))
+    targets, inner = peft.shorten(list(infos), feedforward, list(names), reach)
+    fields = {
+        "peft_type": variant.peft_type,
+        "task_type": task,
+        "auto_mapping": None,
+        "base_model_name_or_path": base,
+        "revision": None,
+        "inference_mode": True,
+        "target_modules": targets,
+        "modules_to_save": saved or None,
+        **fields,
+    }
+    if inner is not None:
+        fields["feedforward_modules"] = inner
+    for name in ("rank_pattern", "alpha_pattern"):
+        if fields.get(name):
+            # PEFT warns of keys that match nothing.
+            used = {first_matching_key(fields[name], m) for m in infos}
+            fields[name] = {k: v for k, v in fields[name].items() if k in used}
+    return {k: _whole(v) for k, v in fields.items()}
+
+
+def _whole(value: Any) -> Any:
+    """16.0 → 16: PEFT and vLLM declare alpha as an integer."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, dict):
+        return {k: _whole(v) for k, v in value.items()}
+    return value
+
+
+def _sizes(
+    variant: Variant,
+    config: AdapterConfig,
+    module: str,
+    values: Mapping[str, Tensor],
+    kind: Literal["linear", "conv1d", "opaque"],
+) -> LayerInfo:
+    """The layer that the variant's tensors fit; a size that they do not tell is 0."""
+    # Sizes that no rank can equal show which dimension of each tensor is which.
+    probe = {"d_in": 2**61 - 1, "d_out": 2**31 - 1}
+    blank = LayerInfo(module, probe["d_in"], probe["d_out"], kind, False, False)
+    shapes = variant.shapes(config, blank)
+    sizes: dict[str, int] = {}
+    for name, shape in shapes.items():
+        got = tuple(values[name].shape)
+        wanted = []
+        for place, size in enumerate(shape):
+            role = next((r for r, p in probe.items() if p == size), None)
+            if role is not None and place < len(got):
+                size = sizes.setdefault(role, got[place])
+            wanted.append(size)
+        if got != tuple(wanted):
+            raise AdapterFileError(
+                "A tensor has another shape than the configuration and the others ask for.",
+                key=f"{module}.{name}",
+                expected=wanted,
+                got=list(got),
+            )
+    return LayerInfo(module, sizes.get("d_in", 0), sizes.get("d_out", 0), kind, False, False)
+
+
+def _snapshot(value: Tensor) -> Tensor:
+    gather = getattr(value, "full_tensor", None)
+    if callable(gather):  # DTensor: every rank takes part
+        value = gather()
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _own_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module without what adapters have put into it."""
+    return {
+        n: t
+        for n, t in module.state_dict().items()
+        if SLOT not in n.split(".") and SAVED not in n.split(".")
+    }
+
+
+def _unshared(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    seen: set[int] = set()
+    for key, value in values.items():
+        place = value.untyped_storage().data_ptr()
+        if place in seen or value.untyped_storage().nbytes() != value.numel() * value.itemsize:
+            values[key] = value.clone()
+        seen.add(place)
+    return values
+
+
+def _check_target(target: Path) -> None:
+    if target.is_file() or (target.is_symlink() and not target.exists()):
+        raise AdapterFileError(
+            "An adapter is a directory, and there is a file under that path.",
+            file=target,
+            fix="choose another path",
+        )
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not any((target / name).is_file() for name in (peft.CONFIG, peft.WEIGHTS)):
+        raise AdapterFileError(
+            "The directory holds something, but no adapter; it is not touched.",
+            file=target,
+            got=_some(sorted(e.name for e in target.iterdir())),
+            fix="choose a new or empty directory, e.g. a subdirectory of this one",
+        )
+
+
+def check_finite(value: Tensor, key: str, file: str | os.PathLike[str] | None) -> None:
+    """Raises an ``AdapterFileError`` that names the tensor if a value is NaN or infinite."""
+    if value.is_meta:
+        raise AdapterFileError(
+            "A tensor has no values (it is on the meta device).", key=key, file=file
+        )
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        bad = int((~torch.isfinite(value)).sum())
+        raise AdapterFileError(
+            "A tensor holds values that are not finite.",
+            file=file,
+            key=key,
+            expected="finite numbers",
+            got=f"{bad} of {value.numel()} are NaN or infinite",
+            fix="training has diverged; go back to an earlier checkpoint",
+        )
+
+
+def in_file(error: LorasmithError, file: str | os.PathLike[str]) -> AdapterFileError:
+    """The same error as one of that file."""
+    return AdapterFileError(
+        error.what,
+        expected=error.expected,
+        got=error.got,
+        fix=error.fix,
+        key=error.key,
+        file=file,
+    )
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"The configuration cannot be written as JSON: {error}.") from error
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _some(names: Collection[str], count: int = 4) -> str:
+    shown = list(names)[:count]
+    return ", ".join(shown) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def record_config(record: Mapping[str, Any], file: Path) -> AdapterConfig | None:
+    """The configuration in our own file, or ``None`` if it holds none.
+
+    Raises:
+        AdapterFileError: If it cannot be used.
+    """
+    values = record.get("config")
+    if values is None:
+        return None
+    try:
+        return config_from_dict(values)
+    except LorasmithError as error:
+        raise in_file(error, file) from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise AdapterFileError(f"The configuration is malformed: {error}.", file=file) from error
+
+
+#: Reasons for tensors that lorasmith does not load, by the end of their names.
+_REASONS = (
+    (
+        re.compile(r"\.lora_[AB]\.(?!weight$|bias$).+\.weight$"),
+        "its name still holds an adapter's name, as in a raw state dict of PEFT",
+    ),
+    (re.compile(r"\.lora_embedding_[AB]$"), "it belongs to a LoRA on an embedding"),
+    (re.compile(r"\.trainable_tokens_delta$"), "it belongs to PEFT's trainable tokens"),
+    (re.compile(r"\.lora_B\.bias$"), "it is the bias of a LoRA layer (lora_bias)"),
+    (re.compile(r"\.lora_magnitude_vector$"), "it belongs to DoRA, which use_dora denies"),
+)
+
+
+def reason_for(key: str) -> str:
+    """Why a tensor is unexpected, as far as its name tells."""
+    for pattern, reason in _REASONS:
+        if pattern.search(key):
+            return reason
+    return "nothing in the configuration asks for it"

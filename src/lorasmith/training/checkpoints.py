@@ -1,0 +1,224 @@
+"""Checkpoints of a training run: written whole or not at all, checked before they are used.
+
+A checkpoint is a directory ``checkpoint-STEP`` that holds the adapter (a PEFT directory by
+itself), the exact values of its tensors, the states of optimiser, scheduler, random numbers
+and Trainer, and never the base weights. It is written under another name and renamed when
+everything is on disk; ``manifest.json`` lists every file with its size and SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lorasmith.errors import TrainingError
+
+__all__ = [
+    "MANIFEST",
+    "REQUIRED",
+    "choose_checkpoint",
+    "defect",
+    "list_checkpoints",
+    "publish",
+    "rotate",
+    "write_json",
+]
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+#: Files without which a run cannot go on where it stopped.
+REQUIRED = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_state.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "trainer_state.json",
+    "run_state.json",
+)
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_PARTIAL = re.compile(r"\.checkpoint-\d+\.partial")
+
+
+def step_of(path: Path) -> int | None:
+    """The optimiser step after which a checkpoint was written; None if it is not one by name."""
+    found = _NAME.fullmatch(path.name)
+    return None if found is None else int(found[1])
+
+
+def list_checkpoints(output: Path) -> list[Path]:
+    """Directories named like checkpoints, newest first, good or not."""
+    if not output.is_dir():
+        return []
+    found = [p for p in output.iterdir() if step_of(p) is not None and p.is_dir()]
+    return sorted(found, key=lambda p: step_of(p) or 0, reverse=True)
+
+
+def partial_path(output: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is published."""
+    return output / f".checkpoint-{step}.partial"
+
+
+def remove_partial(output: Path) -> None:
+    """Removes what runs that were killed while writing have left."""
+    if output.is_dir():
+        for path in output.iterdir():
+            if _PARTIAL.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Seals a finished directory with a manifest and gives it its name, durably.
+
+    Args:
+        partial: The directory in which everything has been written.
+        target: Its final name; what is there is replaced.
+    """
+    files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != MANIFEST)
+    listing = {
+        p.relative_to(partial).as_posix(): {"size": p.stat().st_size, "sha256": _sha256(p)}
+        for p in files
+    }
+    write_json(partial / MANIFEST, {"format": 1, "files": listing})
+    for path in files:
+        _sync(path)
+    _sync(partial)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(partial, target)
+    _sync(target.parent)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows cannot open directories
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON durably: readers see the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def defect(path: Path, *, processes: int = 1) -> str | None:
+    """What is wrong with a checkpoint, or None if a run can go on from it.
+
+    Args:
+        path: The checkpoint.
+        processes: Number of processes of the run that is to go on.
+    """
+    if not path.is_dir():
+        return "there is no such directory"
+    names = ["rng_state.pth"]
+    if processes > 1:
+        names = [f"rng_state_{i}.pth" for i in range(processes)]
+    for name in (*REQUIRED, *names):
+        if not (path / name).is_file():
+            return f"{name} is missing"
+    try:
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {str(k): (int(v["size"]), str(v["sha256"])) for k, v in files.items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing, so it was not written to its end"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    for name, (size, digest) in expected.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size:,} bytes instead of {size:,}"
+        if _sha256(file) != digest:
+            return f"the content of {name} has changed"
+    return None
+
+
+def choose_checkpoint(resume: str, output: Path, *, processes: int = 1) -> Path | None:
+    """The checkpoint to go on from.
+
+    Args:
+        resume: ``"no"``, ``"auto"`` (the newest good one, None if there is no checkpoint at
+            all), ``"last"`` (the newest good one) or the path of one.
+        output: Directory of the run.
+        processes: Number of processes of the run.
+
+    Raises:
+        TrainingError: There is none to go on from. A run never starts anew in silence because
+            its checkpoints are damaged.
+    """
+    if resume == "no":
+        return None
+    if resume not in ("auto", "last"):
+        path = Path(resume).expanduser()
+        problem = defect(path, processes=processes)
+        if problem is None:
+            return path.resolve()
+        raise _cannot_resume([(path, problem)])
+    bad: list[tuple[Path, str]] = []
+    for path in list_checkpoints(output):
+        problem = defect(path, processes=processes)
+        if problem is None:
+            for skipped, why in bad:
+                logger.warning("Skipping %s: %s.", skipped, why)
+            return path.resolve()
+        bad.append((path, problem))
+    if bad:
+        raise _cannot_resume(bad)
+    if resume == "auto":
+        return None
+    raise TrainingError(
+        "There is no checkpoint to resume from.",
+        expected="a directory checkpoint-STEP",
+        fix="leave --resume out to start anew",
+        file=output,
+    )
+
+
+def _cannot_resume(bad: Iterable[tuple[Path, str]]) -> TrainingError:
+    listed = list(bad)
+    return TrainingError(
+        "The run cannot go on from its checkpoint."
+        if len(listed) == 1
+        else "The run cannot go on from any of its checkpoints.",
+        expected="a whole checkpoint, with the states of optimiser, scheduler and random numbers",
+        got="; ".join(f"{path.name}: {why}" for path, why in listed),
+        fix="choose another checkpoint, or start anew with --overwrite",
+        file=listed[0][0],
+    )
+
+
+def rotate(output: Path, keep: int) -> None:
+    """Removes the oldest checkpoints beyond ``keep``."""
+    for path in list_checkpoints(output)[keep:]:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,1213 @@
+"""The training run, on Transformers' Trainer and Accelerate.
+
+:func:`train` takes a :class:`~lorasmith.training.config.TrainConfig` and leaves an adapter.
+The loop, mixed precision, gradient accumulation and data parallelism are Trainer's. What is
+done differently here, and why:
+
+- The loss is computed at supervised positions only (``training.loss``), averaged over all
+  supervised tokens of an optimiser step, on however many devices and batches they are.
+- The order of rows is a function of seed and epoch alone, so that a resumed run sees the
+  rows that it would have seen; evaluation draws no random numbers.
+- Checkpoints hold the adapter and never the base weights; they appear whole or not at all
+  and are checked before a run goes on from them (``training.checkpoints``).
+- A loss or gradient that is not finite stops the run before it reaches the adapter. (Trainer
+  by default logs a NaN as 0.0 and goes on.)
+- SIGTERM and Ctrl-C finish the step, write a checkpoint, and end the process with 143 or 130.
+- The evaluation loss is a mean over tokens. (Trainer's is a mean of batch means.)
+"""
+
+# Much here has the signatures of Trainer and its callbacks, whatever it needs of them.
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.errors import (
+    ConfigError,
+    LorasmithError,
+    MissingDependencyError,
+    NonFiniteLossError,
+    TrainingError,
+)
+from lorasmith.training import checkpoints
+from lorasmith.training.collate import Collator, PackingCollator, choose_collator
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.data import load_rows, split_rows, tokenise
+from lorasmith.training.evaluate import (
+    contiguous_head_input,
+    evaluating,
+    exp_or_inf,
+    length_batches,
+)
+from lorasmith.training.loss import model_loss, model_loss_output
+from lorasmith.training.models import load_model, quiet, resolve_device
+
+try:
+    import transformers
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+except ImportError as error:
+    raise MissingDependencyError(
+        "Training needs Transformers and Accelerate, which are not installed.",
+        fix='pip install "lorasmith[train]"',
+    ) from error
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from lorasmith.core.adapter import Adapter
+
+__all__ = ["EvalPoint", "LossPoint", "TrainResult", "TrainingInterrupted", "train"]
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_STATE = "adapter_state.safetensors"
+BEST_STATE = "best_state.safetensors"
+RUN_STATE = "run_state.json"
+RESULT = "training.json"
+LAST_FINITE = "last-finite"
+
+
+# Records --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LossPoint:
+    """The training loss up to one optimiser step.
+
+    Attributes:
+        step: Optimiser steps done.
+        epoch: Passes over the rows done.
+        loss: Cross-entropy in nats a supervised token, mean since the point before.
+        learning_rate: That of the step.
+        grad_norm: Norm of the gradient before clipping; None where it is not known.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float | None
+
+
+@dataclass(frozen=True)
+class EvalPoint:
+    """One evaluation.
+
+    Attributes:
+        step: Optimiser steps done.
+        epoch: Passes over the rows done.
+        loss: Cross-entropy in nats, mean over all supervised tokens.
+        perplexity: exp(loss).
+        tokens: Supervised tokens.
+        seconds: Wall time.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    perplexity: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run came to.
+
+    Attributes:
+        status: ``"finished"``, ``"stopped early"`` (early stopping) or ``"interrupted"``.
+        output: Directory of the run.
+        adapter_path: The final adapter, None if the run was interrupted.
+        checkpoint: The newest checkpoint, if there is one.
+        steps: Optimiser steps done, those before a resume included.
+        epochs: Passes over the rows done.
+        losses: The training loss, a point every ``log_steps`` steps.
+        evaluations: Evaluations in order.
+        final_loss: The last training loss.
+        eval_loss: Loss of the adapter that was kept; None without evaluation.
+        best_step: Step of the adapter that was kept; only with early stopping.
+        rows: Rows trained on in each epoch.
+        tokens: Tokens seen, prompts included, padding not.
+        seconds: Wall time of training, evaluation included, model loading not.
+        tokens_per_second: Tokens a second of training, evaluation not included.
+        peak_memory_bytes: Of the accelerator if there is one, else of the process (resident,
+            since it began).
+        trainable_parameters: Values that are trained.
+        total_parameters: Values of base model and adapter.
+        packing: How rows become batches, and why.
+        base: Name of the base model.
+        dtype: dtype of the base model.
+        device: Where it was trained.
+        processes: Number of processes.
+        config: The run's configuration.
+        adapter: The adapter's configuration, defaults filled in.
+        versions: Of the packages that matter.
+    """
+
+    status: Literal["finished", "stopped early", "interrupted"]
+    output: str
+    adapter_path: str | None
+    checkpoint: str | None
+    steps: int
+    epochs: float
+    losses: tuple[LossPoint, ...]
+    evaluations: tuple[EvalPoint, ...]
+    final_loss: float | None
+    eval_loss: float | None
+    best_step: int | None
+    rows: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    trainable_parameters: int
+    total_parameters: int
+    packing: str
+    base: str
+    dtype: str
+    device: str
+    processes: int
+    config: dict[str, Any]
+    adapter: dict[str, Any]
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, in types that JSON can hold; numbers that are not finite become None."""
+        values: dict[str, Any] = _finite(dataclasses.asdict(self))
+        return values
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+class TrainingInterrupted(SystemExit):
+    """A signal ended the run, after a checkpoint was written.
+
+    It ends the process with 128 + signal (143 for SIGTERM, 130 for Ctrl-C) unless it is
+    caught, so that a script never goes on as if training had finished.
+
+    Attributes:
+        signal: Number of the signal.
+        result: The run so far; ``result.checkpoint`` is what to resume from.
+    """
+
+    def __init__(self, signal_number: int, result: TrainResult) -> None:
+        super().__init__(128 + signal_number)
+        self.code: int = 128 + signal_number
+        self.signal = signal_number
+        self.result = result
+
+
+# The run --------------------------------------------------------------------------------------
+
+
+def train(
+    config: TrainConfig,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Trains an adapter and saves it.
+
+    The adapter lands in ``config.output`` as a PEFT directory, with the course of the run in
+    ``training.json`` beside it and checkpoints in ``checkpoint-STEP``. Seeds the global
+    random number generators.
+
+    Args:
+        config: The run.
+        model: The base model, if it is in memory already; ``config.model`` is then only its
+            name. It keeps the trained adapter, named ``"default"``.
+        tokenizer: Its tokenizer; given if and only if ``model`` is.
+        progress: Whether to show progress on stderr.
+
+    Raises:
+        ConfigError: The configuration cannot work here.
+        ModelError, DataError: Model or data cannot be read.
+        TrainingError: The output is taken, or there is nothing good to resume from.
+        NonFiniteLossError: Loss or gradient became NaN or infinite. The last finite adapter
+            is in ``output/last-finite``.
+        TrainingInterrupted: SIGTERM or Ctrl-C.
+    """
+    if (model is None) != (tokenizer is None):
+        raise ConfigError(
+            "A model in memory comes with its tokenizer.",
+            expected="both model and tokenizer, or neither",
+            key="tokenizer",
+        )
+    import lorasmith as ls
+
+    adapter_config = config.adapter.to_config()
+    device = _device(config)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    checkpoint = checkpoints.choose_checkpoint(config.resume, config.output, processes=processes)
+    _prepare_output(config, checkpoint)
+    before = _Before(config, checkpoint)
+    loaded = model is None
+    if model is None:
+        model, tokenizer = load_model(
+            config.model,
+            dtype=config.dtype,
+            device=str(device),
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    with quiet(), contextlib.ExitStack() as failed, contextlib.ExitStack() as stack:
+        rows, eval_rows = _rows(config, tokenizer)
+        before.check_rows(rows)
+        transformers.set_seed(config.seed)
+        adapter = ls.attach(model, adapter_config)
+        if not loaded:
+            # On failure a model that belongs to the caller must be as it was.
+            failed.callback(_detach_quietly, model, adapter.name)
+        collate, packing = _collator(config, model, tokenizer)
+        trainer = _AdapterTrainer(
+            config, model, adapter, rows, eval_rows, collate, packing, before, progress
+        )
+        stack.enter_context(_restored(model))
+        stack.enter_context(contiguous_head_input(model))
+        stack.enter_context(_GradientCheckpointing(model, config.gradient_checkpointing))
+        result = trainer.run(checkpoint)
+        failed.pop_all()
+    return result
+
+
+def _detach_quietly(model: nn.Module, name: str) -> None:
+    import lorasmith as ls
+
+    # The error that is under way says more than a second one would.
+    with contextlib.suppress(LorasmithError):
+        ls.detach(model, name)
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _device(config: TrainConfig) -> torch.device:
+    device = resolve_device(config.device)
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device.type == "cuda" and device.index not in (None, rank):
+        raise ConfigError(
+            "Trainer chooses among CUDA devices by itself.",
+            expected=f"cuda or cuda:{rank}",
+            got=config.device,
+            fix=f"set CUDA_VISIBLE_DEVICES={device.index} and give device cuda",
+            key="device",
+        )
+    return device
+
+
+def _prepare_output(config: TrainConfig, checkpoint: Path | None) -> None:
+    """Makes room for the run, or refuses to if there is something that it would destroy."""
+    output = config.output
+    if output.exists() and not output.is_dir():
+        raise ConfigError("The output is a file.", expected="a directory", file=output)
+    if not _is_main():
+        return
+    checkpoints.remove_partial(output)
+    if checkpoint is None:
+        old = [*checkpoints.list_checkpoints(output)]
+        results = (output / name for name in ("adapter_config.json", RESULT, LAST_FINITE))
+        old += [path for path in results if path.exists()]
+        if old and not config.overwrite:
+            raise TrainingError(
+                "The output directory holds an earlier run.",
+                expected="a new or empty directory",
+                got=", ".join(sorted(p.name for p in old)),
+                fix="choose another one, go on with --resume last, or give --overwrite",
+                file=output,
+            )
+        for path in old:
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name == RESULT:
+                path.unlink()  # the adapter itself is replaced only by the new one
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("The output cannot be written.", got=error, file=output) from error
+
+
+class _Before:
+    """What an interrupted run had come to, and whether this one can go on from it."""
+
+    #: Options without influence on what is learned, or that may well change on a resume.
+    _FREE = frozenset(
+        {"output", "resume", "overwrite", "save_steps", "save_total_limit", "log_steps"}
+        | {"report_to", "run_name", "device", "eval_batch_size", "trust_remote_code"}
+    )
+
+    def __init__(self, config: TrainConfig, checkpoint: Path | None) -> None:
+        self.tokens = 0
+        self.seconds = 0.0
+        self.eval_seconds = 0.0
+        self.best: tuple[int, float] | None = None
+        self.evaluations_since_best = 0
+        self._rows: str | None = None
+        if checkpoint is None:
+            return
+        state = json.loads((checkpoint / RUN_STATE).read_text(encoding="utf-8"))
+        self.tokens = int(state["tokens"])
+        self.seconds = float(state["seconds"])
+        self.eval_seconds = float(state["eval_seconds"])
+        if state["best"] is not None:
+            self.best = (int(state["best"][0]), float(state["best"][1]))
+        self.evaluations_since_best = int(state["evaluations_since_best"])
+        self._rows = str(state["rows"])
+        self._checkpoint = checkpoint
+        self._compare(state["config"], config.to_dict())
+
+    def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        if old["adapter"] != new["adapter"]:
+            raise TrainingError(
+                "The checkpoint is of another adapter than the one asked for.",
+                expected=old["adapter"],
+                got=new["adapter"],
+                fix="give the same adapter options, or start anew with --overwrite",
+                file=self._checkpoint,
+            )
+        changed = [
+            f"{key} {old.get(key)!r} → {new[key]!r}"
+            for key in new
+            if key not in self._FREE and key != "adapter" and old.get(key) != new[key]
+        ]
+        if changed:
+            logger.warning(
+                "The run goes on with other options than it began with: %s.", ", ".join(changed)
+            )
+
+    def check_rows(self, rows: Dataset) -> None:
+        """Raises a TrainingError unless the rows are those of the checkpoint."""
+        if self._rows is not None and self._rows != rows_digest(rows):
+            raise TrainingError(
+                "The rows are not those with which the run began, so it cannot go on with them.",
+                expected=f"the rows of {self._rows.partition(':')[0]}",
+                got=f"{len(rows)} rows",
+                fix="give the same data, or start anew with --overwrite",
+                file=self._checkpoint,
+            )
+
+
+def rows_digest(rows: Dataset) -> str:
+    """Number of rows and a digest of their tokens, to tell whether two runs see the same."""
+    digest = hashlib.sha256()
+    for batch in rows.select_columns(["input_ids", "labels"]).iter(batch_size=1000):
+        digest.update(repr((batch["input_ids"], batch["labels"])).encode())
+    return f"{len(rows)}:{digest.hexdigest()}"
+
+
+def _rows(config: TrainConfig, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
+    """Tokenised rows to train on and to evaluate on."""
+    rows = load_rows(config.data, split=config.split, limit=config.limit, seed=config.seed)
+    eval_rows = None
+    if config.eval_data is not None:
+        eval_rows = load_rows(
+            config.eval_data, split=config.eval_data_split, limit=config.eval_limit
+        )
+    elif config.eval_split > 0:
+        rows, eval_rows = split_rows(rows, fraction=config.eval_split, seed=config.seed)
+        if config.eval_limit is not None and config.eval_limit < len(eval_rows):
+            eval_rows = eval_rows.select(range(config.eval_limit))
+    tokens = tokenise(rows, tokenizer, max_length=config.max_length)
+    if eval_rows is None:
+        return tokens, None
+    return tokens, tokenise(eval_rows, tokenizer, max_length=config.max_length)
+
+
+def _collator(config: TrainConfig, model: nn.Module, tokenizer: Any) -> tuple[Collator, str]:
+    """The collator, and one sentence on how rows become batches."""
+    collate, support = choose_collator(
+        model,
+        int(tokenizer.pad_token_id or 0),
+        packing={"auto": "auto", "on": True, "off": False}[config.packing],  # type: ignore[arg-type]
+        max_length=config.max_length,
+    )
+    how = "packed" if isinstance(collate, PackingCollator) else "padded, grouped by length"
+    text = f"{how}: {support.reason}"
+    logger.info("Rows are %s.", text)
+    return collate, text
+
+
+@contextlib.contextmanager
+def _restored(model: Any) -> Iterator[None]:
+    """Trainer switches the cache off and training mode on; this puts both back."""
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    training = model.training
+    try:
+        yield
+    finally:
+        if use_cache is not None:
+            config.use_cache = use_cache  # type: ignore[union-attr]
+        model.train(training)
+
+
+class _GradientCheckpointing:
+    """Recomputation of activations for the time of a run."""
+
+    def __init__(self, model: Any, wanted: bool) -> None:
+        self.model, self.wanted = model, wanted
+
+    def __enter__(self) -> None:
+        if not self.wanted:
+            return
+        # The reentrant form needs inputs with gradients, which a frozen base does not have.
+        settings = {"use_reentrant": False}
+        if hasattr(self.model, "activation_checkpointing_enable"):
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+        else:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+    def __exit__(self, *_: object) -> None:
+        if not self.wanted:
+            return
+        if hasattr(self.model, "activation_checkpointing_disable"):
+            self.model.activation_checkpointing_disable()
+        else:
+            self.model.gradient_checkpointing_disable()
+
+
+# Trainer --------------------------------------------------------------------------------------
+
+_TOKENS = "row_tokens"
+
+
+@dataclass(frozen=True)
+class _Counting:
+    """A collator that also says how many tokens the rows of a batch have."""
+
+    collate: Collator
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        return {**self.collate(rows), _TOKENS: sum(len(row["input_ids"]) for row in rows)}
+
+
+class _RowOrder(torch.utils.data.Sampler[int]):
+    """The rows in an order that depends on seed and epoch alone.
+
+    Args:
+        lengths: Tokens of each row, to batch rows of similar length; None for any order.
+        count: Number of rows.
+        batch_size: Rows a batch, on all devices together.
+        seed: Seed.
+        epoch: Gives the epoch when an order is asked for.
+    """
+
+    #: Batches among which rows are sorted by length.
+    WINDOW = 50
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | None,
+        count: int,
+        batch_size: int,
+        seed: int,
+        epoch: Callable[[], int],
+    ) -> None:
+        self.lengths, self.count = lengths, count
+        self.batch_size, self.seed, self.epoch = batch_size, seed, epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator()
+        # Seeds of neighbouring runs and epochs must not meet.
+        key = hashlib.sha256(f"{self.seed}:{self.epoch()}".encode()).digest()
+        generator.manual_seed(int.from_bytes(key[:8], "big") >> 1)
+        order: list[int] = torch.randperm(self.count, generator=generator).tolist()
+        lengths = self.lengths
+        if lengths is None:
+            return iter(order)
+        batches: list[list[int]] = []
+        window = self.batch_size * self.WINDOW
+        for start in range(0, self.count, window):
+            part = sorted(order[start : start + window], key=lambda i: -lengths[i])
+            batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
+        # A short batch stays at the end: in front it would shift all others.
+        short = [batches.pop()] if len(batches[-1]) < self.batch_size else []
+        shuffled = torch.randperm(len(batches), generator=generator).tolist()
+        return iter([i for b in [*(batches[k] for k in shuffled), *short] for i in b])
+
+
+class _InterruptedError(Exception):
+    """A signal came during an evaluation."""
+
+
+class _AdapterTrainer(Trainer):
+    """Trainer for an adapter on a frozen base model."""
+
+    # ``compute_loss`` divides by the tokens of the whole optimiser step.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Any,
+        adapter: Adapter,
+        rows: Dataset,
+        eval_rows: Dataset | None,
+        collate: Collator,
+        packing: str,
+        before: _Before,
+        progress: bool,
+    ) -> None:
+        self.run_config = config
+        self.base: Any = model
+        self.adapter = adapter
+        self.rows, self.eval_rows = rows, eval_rows
+        self.packing = packing
+        self.before = before
+        self.tokens = before.tokens
+        self.eval_seconds = before.eval_seconds
+        self.best = before.best
+        self.evaluations_since_best = before.evaluations_since_best
+        self.best_state: dict[str, Tensor] | None = None
+        self.stopped_early = False
+        self.step_loss: Tensor | None = None
+        self.stop = _StopSignals()
+        self.started = time.perf_counter()
+        self.plain_collate = collate
+        self.rows_digest = rows_digest(rows)
+        arguments = _arguments(config, len(rows), evaluates=eval_rows is not None)
+        self.bar = _Bar() if progress and _is_main() else None
+        callbacks: list[TrainerCallback] = [_Watch(self)]
+        if self.bar is not None:
+            callbacks.append(self.bar)
+        try:
+            super().__init__(
+                model=model,
+                args=arguments,
+                data_collator=_Counting(collate),
+                train_dataset=rows,
+                eval_dataset=eval_rows,
+                callbacks=callbacks,
+            )
+        except (RuntimeError, ImportError, ValueError) as error:
+            if config.report_to and any(n in str(error).lower() for n in config.report_to):
+                raise MissingDependencyError(
+                    "A tracker in report_to cannot be used.",
+                    got=str(error).partition("\n")[0],
+                    fix="install its package, or leave it out",
+                    key="report_to",
+                ) from error
+            raise
+        self.remove_callback(transformers.PrinterCallback)
+        # The loss takes the number of tokens of the step, and predicts t + 1 from t.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise TrainingError(
+                "Adapters are trained with data parallelism only.",
+                expected="torchrun or accelerate launch without FSDP and DeepSpeed",
+                got="FSDP" if self.is_fsdp_enabled else "DeepSpeed",
+                fix="launch it with torchrun --nproc-per-node N",
+            )
+
+    # -- the step ------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss at supervised positions, a share of the whole step's mean."""
+        inputs = dict(inputs)
+        self.tokens += int(inputs.pop(_TOKENS, 0)) * self.args.world_size
+        loss = model_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # Gradients are averaged over processes, the number of tokens is their sum.
+            loss = loss * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Trainer's step; keeps the loss for the check before the optimiser acts."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.step_loss = loss if self.step_loss is None else self.step_loss + loss
+        return loss
+
+    def check_finite(self) -> None:
+        """Raises NonFiniteLossError if loss or gradients of the step are not finite."""
+        loss, self.step_loss = self.step_loss, None
+        gradients = [p.grad for p in self.adapter.parameters() if p.grad is not None]
+        # One number and so one wait for the device, however many tensors there are.
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        total = norm.double() if loss is None else norm.double() + loss.to(norm.device).double()
+        if math.isfinite(float(total)):
+            return
+        value = float("nan") if loss is None else float(loss) / self.accelerator.num_processes
+        what = "loss" if not math.isfinite(value) else "gradient"
+        raise NonFiniteLossError(
+            f"The {what} is not finite at step {self.state.global_step + 1}.",
+            expected="a finite number",
+            got=f"loss {value}, gradient norm {float(norm)}",
+            fix=f"lower the learning rate (now {self._get_learning_rate():.3g}), raise warmup, or "
+            "try dtype float32; the last finite adapter is kept",
+            file=self._keep_last_finite(),
+        )
+
+    def _keep_last_finite(self) -> Path | None:
+        state = self.adapter.state_dict().values()
+        if not all(bool(t.isfinite().all()) for t in state if t.is_floating_point()):
+            # Cannot happen by training, since every step is checked; but a file must not lie.
+            found = checkpoints.list_checkpoints(self.run_config.output)
+            return found[0] if found else None
+        path = self.run_config.output / LAST_FINITE
+        if _is_main():
+            self._save_adapter(path)
+        return path
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """0: nobody reads Trainer's estimate, and making it walks through all parameters."""
+        return 0
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices only: gains and magnitudes do not belong near zero."""
+        return [n for n, p in model.named_parameters() if p.requires_grad and p.dim() >= 2]
+
+    # -- data ----------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> _RowOrder:
+        rows = self.rows if train_dataset is None else train_dataset
+        # Packed rows leave no padding, so that their lengths do not matter.
+        grouped = not isinstance(self.plain_collate, PackingCollator)
+        world = self.args.world_size
+        per_epoch = steps_per_epoch(len(rows), self.run_config, world)
+        return _RowOrder(
+            list(rows["length"]) if grouped else None,
+            len(rows),
+            self.run_config.batch_size * world,
+            self.run_config.seed,
+            lambda: self.state.global_step // per_epoch,
+        )
+
+    # -- evaluation ----------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Mean loss over all supervised tokens, the rows shared out over the processes."""
+        started = time.perf_counter()
+        rows = self.eval_rows if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise TrainingError("There is nothing to evaluate on.", fix="give eval_data")
+        size = self.run_config.eval_batch_size or self.run_config.batch_size
+        batches = length_batches(list(rows["length"]), size)
+        world, rank = self.args.world_size, self.args.process_index
+        device = self.args.device
+        sums = torch.zeros(2, dtype=torch.float64)
+        with evaluating(self.base):
+            for batch in batches[rank::world]:
+                if world == 1 and self.stop.received is not None and self.is_in_train:
+                    raise _InterruptedError
+                inputs = self.plain_collate([rows[i] for i in batch])
+                output = model_loss_output(self.base, {k: v.to(device) for k, v in inputs.items()})
+                sums += torch.tensor([float(output.loss) * output.count, output.count])
+        if world > 1:
+            # float64 does not exist on every accelerator.
+            sums = self.accelerator.reduce(sums.float().to(device), "sum").double().cpu()
+        total, tokens = sums.tolist()
+        seconds = time.perf_counter() - started
+        self.eval_seconds += seconds
+        loss = total / tokens
+        metrics = {
+            f"{metric_key_prefix}_loss": loss,
+            f"{metric_key_prefix}_perplexity": exp_or_inf(loss),
+            f"{metric_key_prefix}_tokens": int(tokens),
+            f"{metric_key_prefix}_runtime": seconds,
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    # -- checkpoints ---------------------------------------------------------------------
+
+    def _save_adapter(self, path: Path) -> None:
+        import lorasmith as ls
+
+        ls.save(self.adapter.model, path, name=self.adapter.name)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the adapter, never the base model."""
+        if self.args.should_save:
+            self._save_adapter(Path(output_dir or self.run_config.output))
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        step = self.state.global_step
+        output = self.run_config.output
+        partial = checkpoints.partial_path(output, step)
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+            self._save_adapter(partial)
+            _save_tensors(self.adapter.state_dict(), partial / ADAPTER_STATE)
+            if self.best_state is not None:
+                _save_tensors(self.best_state, partial / BEST_STATE)
+            checkpoints.write_json(partial / RUN_STATE, self._run_state())
+            self.state.save_to_json(str(partial / "trainer_state.json"))
+        self.accelerator.wait_for_everyone()
+        self._save_optimizer_and_scheduler(str(partial))
+        self._save_scaler(str(partial))
+        self._save_rng_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.publish(partial, output / f"checkpoint-{step}")
+            checkpoints.rotate(output, self.run_config.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _run_state(self) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "config": self.run_config.to_dict(),
+            "rows": self.rows_digest,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "eval_seconds": self.eval_seconds,
+            "best": None if self.best is None else list(self.best),
+            "evaluations_since_best": self.evaluations_since_best,
+        }
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run so far, that before a resume included."""
+        return self.before.seconds + time.perf_counter() - self.started
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self.adapter.load_state_dict(_load_tensors(folder / ADAPTER_STATE))
+        if (folder / BEST_STATE).is_file():
+            self.best_state = _load_tensors(folder / BEST_STATE)
+
+    # -- early stopping ------------------------------------------------------------------
+
+    def consider(self, loss: float) -> bool:
+        """Takes note of an evaluation; True if it is time to stop."""
+        patience = self.run_config.early_stopping
+        if patience is None:
+            return False
+        if self.best is None or loss < self.best[1]:
+            self.best = (self.state.global_step, loss)
+            self.evaluations_since_best = 0
+            self.best_state = {k: v.cpu().clone() for k, v in self.adapter.state_dict().items()}
+        else:
+            self.evaluations_since_best += 1
+        return self.evaluations_since_best >= patience
+
+    # -- the whole -----------------------------------------------------------------------
+
+    def run(self, checkpoint: Path | None) -> TrainResult:
+        """Trains, saves, and says how it went."""
+        if self.args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.args.device)
+        self.started = time.perf_counter()
+        with self.stop:
+            try:
+                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            except _InterruptedError:
+                self._save_checkpoint(self.base)
+                self.stop.honoured = True
+            finally:
+                if self.bar is not None:
+                    self.bar.close()
+            if self.stop.honoured:
+                result = self._result("interrupted")
+                self._write_result(result)
+                assert self.stop.received is not None
+                raise TrainingInterrupted(self.stop.received, result)
+            self._finish()
+        result = self._result("stopped early" if self.stopped_early else "finished")
+        if self.args.should_save:
+            self._save_adapter(self.run_config.output)
+        self._write_result(result)
+        self.accelerator.wait_for_everyone()
+        return result
+
+    def _finish(self) -> None:
+        """Goes back to the best adapter, or evaluates the last one if that is still to do."""
+        if self.eval_rows is None:
+            return
+        if self.evaluated_at(self.state.global_step) is None:
+            metrics = self.evaluate()
+            self.consider(metrics["eval_loss"])
+        if self.best_state is not None:
+            self.adapter.load_state_dict(self.best_state)
+
+    def evaluated_at(self, step: int) -> float | None:
+        """The evaluation loss after that step, if there was an evaluation."""
+        for entry in reversed(self.state.log_history):
+            if "eval_loss" in entry and entry["step"] == step:
+                return float(entry["eval_loss"])
+        return None
+
+    def _write_result(self, result: TrainResult) -> None:
+        if self.args.should_save:
+            checkpoints.write_json(self.run_config.output / RESULT, result.to_dict())
+
+    def _result(self, status: Literal["finished", "stopped early", "interrupted"]) -> TrainResult:
+        history = self.state.log_history
+        losses = tuple(
+            LossPoint(
+                int(e["step"]),
+                float(e["epoch"]),
+                float(e["loss"]),
+                float(e["learning_rate"]),
+                float(e["grad_norm"]) if "grad_norm" in e else None,
+            )
+            for e in history
+            if "loss" in e
+        )
+        evaluations = tuple(
+            EvalPoint(
+                int(e["step"]),
+                float(e["epoch"]),
+                float(e["eval_loss"]),
+                float(e["eval_perplexity"]),
+                int(e["eval_tokens"]),
+                float(e["eval_runtime"]),
+            )
+            for e in history
+            if "eval_loss" in e
+        )
+        kept = self.best if self.best_state is not None and status != "interrupted" else None
+        eval_loss = evaluations[-1].loss if evaluations else None
+        found = checkpoints.list_checkpoints(self.run_config.output)
+        seconds = self.seconds
+        parameters = list(self.base.parameters())
+        base = next(p for p in parameters if not p.requires_grad) if parameters else None
+        return TrainResult(
+            status=status,
+            output=str(self.run_config.output),
+            adapter_path=None if status == "interrupted" else str(self.run_config.output),
+            checkpoint=str(found[0]) if found else None,
+            steps=self.state.global_step,
+            epochs=float(self.state.epoch or 0.0),
+            losses=losses,
+            evaluations=evaluations,
+            final_loss=losses[-1].loss if losses else None,
+            eval_loss=eval_loss if kept is None else kept[1],
+            best_step=None if kept is None else kept[0],
+            rows=len(self.rows),
+            tokens=self.tokens,
+            seconds=seconds,
+            tokens_per_second=self.tokens / max(seconds - self.eval_seconds, 1e-9),
+            peak_memory_bytes=peak_memory_bytes(self.args.device),
+            trainable_parameters=self.adapter.num_parameters(),
+            total_parameters=sum(p.numel() for p in parameters),
+            packing=self.packing,
+            base=str(getattr(self.base, "name_or_path", "") or self.run_config.model),
+            dtype=str(base.dtype if base is not None else "").removeprefix("torch."),
+            device=str(self.args.device),
+            processes=self.args.world_size,
+            config=self.run_config.to_dict(),
+            adapter=self.adapter.config.to_dict(),
+            versions=_versions(),
+        )
+
+
+def steps_per_epoch(rows: int, config: TrainConfig, processes: int) -> int:
+    """Optimiser steps in one pass over the rows."""
+    batches = math.ceil(math.ceil(rows / config.batch_size) / processes)
+    return max(1, math.ceil(batches / config.gradient_accumulation))
+
+
+#: Number of points that the loss curve of a run has, unless log_steps says otherwise.
+_LOG_POINTS = 200
+
+
+def _arguments(config: TrainConfig, rows: int, *, evaluates: bool) -> TrainingArguments:
+    device = resolve_device(config.device)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    steps = config.steps or math.ceil(config.epochs * steps_per_epoch(rows, config, processes))
+    evaluation: dict[str, Any] = {"eval_strategy": "no"}
+    if evaluates and config.eval_steps is not None:
+        evaluation = {"eval_strategy": "steps", "eval_steps": config.eval_steps}
+    elif evaluates:
+        evaluation = {"eval_strategy": "epoch"}
+    saving: dict[str, Any] = {"save_strategy": "no"}
+    if config.save_steps is not None:
+        saving = {"save_strategy": "steps", "save_steps": config.save_steps}
+    arguments = TrainingArguments(
+        output_dir=str(config.output),
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size or config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        max_steps=config.steps or -1,
+        num_train_epochs=config.epochs,
+        learning_rate=config.lr,
+        lr_scheduler_type=config.schedule
+        if config.schedule != "constant"
+        else "constant_with_warmup",
+        # Trainer reads values below 1 as a fraction, as TrainConfig does.
+        warmup_steps=config.warmup if config.warmup < 1 else round(config.warmup),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        data_seed=config.seed,
+        use_cpu=device.type == "cpu",
+        logging_strategy="steps",
+        logging_steps=config.log_steps or max(1, steps // _LOG_POINTS),
+        logging_first_step=True,
+        # On by default, it would log a NaN as if it had been 0.0.
+        logging_nan_inf_filter=False,
+        save_total_limit=config.save_total_limit,
+        report_to=list(config.report_to) or "none",
+        run_name=config.run_name,
+        disable_tqdm=True,
+        log_level="error",
+        # Rows have exactly the columns that the collator takes.
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=device.type == "cuda",
+        # Every adapter parameter has a gradient in every step, and looking costs time.
+        ddp_find_unused_parameters=False,
+        **evaluation,
+        **saving,
+    )
+    # Several GPUs in one process would be nn.DataParallel, which is slower than one of them.
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(path))
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = load_file(str(path))
+    return tensors
+
+
+def _versions() -> dict[str, str]:
+    import accelerate
+
+    from lorasmith import __version__
+
+    return {
+        "lorasmith": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory used so far: of a CUDA device, else of this process (resident); 0 if unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# Signals and progress -------------------------------------------------------------------------
+
+
+class _StopSignals:
+    """Catches SIGTERM and Ctrl-C for the time of a run.
+
+    The first one asks the run to stop after the step; a second one acts as it would
+    without us, for those who cannot wait.
+
+    Attributes:
+        received: Number of the signal that came.
+        honoured: Whether the run has stopped because of it.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.honoured = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignals:
+        # Python lets only the main thread set handlers.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+        name = signal.Signals(number).name
+        # Not through logging: its locks may be held where the signal came in.
+        os.write(2, f"\n{name}: finishing the step and writing a checkpoint.\n".encode())
+
+
+class _Watch(TrainerCallback):
+    """Ties the run's own rules to Trainer's loop."""
+
+    def __init__(self, trainer: _AdapterTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # A run that was stopped by a signal skipped the evaluation that was due.
+        due = args.eval_strategy == "steps" and state.global_step > 0
+        due = due and state.global_step % args.eval_steps == 0
+        if due and self.trainer.evaluated_at(state.global_step) is None:
+            self.trainer.evaluate()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.check_finite()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        stop = self.trainer.stop.received is not None
+        if args.world_size > 1:
+            # All processes must stop after the same step.
+            flag = torch.tensor([float(stop)], device=args.device)
+            stop = bool(self.trainer.accelerator.reduce(flag, "sum").item() > 0)
+        if stop and state.global_step < state.max_steps:
+            if self.trainer.stop.received is None:  # it came to another process only
+                self.trainer.stop.received = signal.SIGTERM
+            self.trainer.stop.honoured = True
+            control.should_save = True
+            control.should_evaluate = False
+            control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.stop.honoured:
+            control.should_save = False  # it has just been done
+            control.should_evaluate = False
+
+    def on_evaluate(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        metrics: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if metrics is None:
+            return
+        if self.trainer.is_in_train and self.trainer.consider(metrics["eval_loss"]):
+            self.trainer.stopped_early = state.global_step < state.max_steps
+            control.should_training_stop = True
+
+
+class _Bar(TrainerCallback):
+    """Progress on stderr: a bar on a terminal, now and then a line elsewhere."""
+
+    #: Lines in all, where there is no terminal.
+    LINES = 10
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True, highlight=False)
+        self.bar: Any = None
+        self.task: Any = None
+        self.loss = ""
+        self.next_line = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.console.is_terminal:
+            return
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self.task = self.bar.add_task(
+            "training", total=state.max_steps, completed=state.global_step, loss=""
+        )
+        self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            self.loss = f"loss {logs['loss']:.4f}"
+        if "eval_loss" in logs:
+            self._line(state, f"evaluation {logs['eval_loss']:.4f}")
+        if self.bar is not None:
+            self.bar.update(self.task, loss=self.loss)
+        elif "loss" in logs and state.global_step >= self.next_line:
+            self._line(state, self.loss)
+            self.next_line = state.global_step + max(1, state.max_steps // self.LINES)
+
+    def _line(self, state: Any, text: str) -> None:
+        self.console.print(f"step {state.global_step:,} of {state.max_steps:,}  {text}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Takes the bar off the terminal; a run that failed never gets to its end."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

@@ -1,0 +1,96 @@
+"""What every test shares: no network, fixed seeds, the optional shared material."""
+
+from __future__ import annotations
+
+import os
+
+# Read by huggingface_hub, matplotlib and tokenizers when they are imported, so set before any
+# test module can import them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["MPLBACKEND"] = "Agg"
+
+import ipaddress
+import random
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Machines that share their cores make any deadline a matter of luck, and a test that fails must
+# fail again when it is run again.
+settings.register_profile("lorasmith", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("lorasmith")
+
+
+class NetworkUsedError(OSError):
+    """A test tried to reach another machine."""
+
+
+def _is_local(address: object) -> bool:
+    if not isinstance(address, tuple):  # a Unix socket's path
+        return True
+    host = str(address[0])
+    if host in ("localhost", ""):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        if not _is_local(address):
+            raise NetworkUsedError(f"tests run offline, but something connects to {address!r}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    # Only where the test's module has imported them: most command-line tests need neither.
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(0)
+    if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "manual_seed"):
+        torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of shared material beside the checkout; skips where there is none."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("no ../shared folder beside this checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def zoo(shared: Path) -> Path:
+    """The folder of real adapters in the PEFT format; skips where there is none."""
+    folder = shared / "zoo"
+    if not folder.is_dir():
+        pytest.skip("no ../shared/zoo folder beside this checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of a Chromium or Chrome; skips where there is none."""
+    for name in ("chromium", "chromium-browser", "google-chrome", "chrome"):
+        if (found := shutil.which(name)) is not None:
+            return found
+    pytest.skip("no Chromium on this machine (apt-get install chromium)")
