@@ -24,7 +24,6 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,8 @@ def make_base(blocks: int, dtype: torch.dtype) -> nn.Module:
         vocab_size=1024,
         use_cache=False,
     )
-    return LlamaModel(config).to(dtype).requires_grad_(False)
+    model: nn.Module = LlamaModel(config)
+    return model.to(dtype).requires_grad_(False)
 
 
 def ours(base: nn.Module, config: ls.AdapterConfig) -> nn.Module:
@@ -60,14 +60,15 @@ def ours(base: nn.Module, config: ls.AdapterConfig) -> nn.Module:
 
 
 def theirs(base: nn.Module, config: Any) -> nn.Module:
-    return get_peft_model(copy.deepcopy(base), config)
+    model: nn.Module = get_peft_model(copy.deepcopy(base), config)
+    return model
 
 
 def contestants(base: nn.Module, r: int) -> dict[str, nn.Module]:
     def lora(**kw: Any) -> nn.Module:
         return theirs(base, LoraConfig(r=r, lora_alpha=2 * r, target_modules=LAYERS, **kw))
 
-    ia3 = {"target_modules": LAYERS, "feedforward_modules": ["down_proj"]}
+    ia3 = PeftIA3Config(target_modules=LAYERS, feedforward_modules=["down_proj"])
     models = {
         "frozen": copy.deepcopy(base),
         "PEFT LoRA": lora(),
@@ -76,7 +77,7 @@ def contestants(base: nn.Module, r: int) -> dict[str, nn.Module]:
         "ours LoRA dropout 0.05": ours(base, ls.LoRAConfig(r=r, alpha=2 * r, dropout=0.05)),
         "PEFT DoRA": lora(use_dora=True),
         "ours DoRA": ours(base, ls.DoRAConfig(r=r, alpha=2 * r)),
-        "PEFT IA3": theirs(base, PeftIA3Config(**ia3)),
+        "PEFT IA3": theirs(base, ia3),
         "ours IA3": ours(base, ls.IA3Config(targets=LAYERS, feedforward=["down_proj"])),
     }
     for model in models.values():
@@ -110,14 +111,14 @@ def saved_bytes(model: nn.Module, embedded: Tensor) -> int:
     return total
 
 
-def peak_bytes(run: Callable[[], None]) -> int:
-    """Highest sum of live allocations during ``run``, from the allocator's own events."""
+def peak_bytes(model: nn.Module, embedded: Tensor) -> int:
+    """Highest sum of live allocations during a step, from the allocator's own events."""
     gc.collect()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
-        run()
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+        step(model, embedded)
+    events = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     live = peak = 0
     for _, size in changes:
@@ -189,7 +190,7 @@ def main() -> None:
         print(head + f"{'saved MB':>10}{'peak MB':>9}")
         for name in models:
             saved = saved_bytes(models[name], embedded) / 1e6
-            peak = peak_bytes(lambda n=name: step(models[n], embedded)) / 1e6
+            peak = peak_bytes(models[name], embedded) / 1e6
             family = name.removeprefix("ours ").removeprefix("PEFT ")
             row: dict[str, Any] = {
                 "tokens": tokens,

@@ -123,9 +123,7 @@ def test_logits_and_gradients(case: str, small: int, monkeypatch: pytest.MonkeyP
 
 def test_factors_of_a_peft_model() -> None:
     base = FAMILIES["llama"].build()
-    theirs = peft.get_peft_model(
-        base, peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"])
-    )
+    theirs = _theirs(base, peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"]))
     randomise(p for n, p in theirs.named_parameters() if "lora_" in n)
     found = factors_of(theirs)
     assert len(found) == 2

@@ -72,7 +72,7 @@ def test_outputs_and_gradients_step_after_step(through: bool) -> None:
 def test_a_layer_called_later_with_the_same_tensor() -> None:
     """Full-batch training that takes turns between heads: fresh values, a fresh graph."""
     model, adapter = built()
-    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.01)
     x = torch.randn(5, 6)
     for step in range(8):
         name = "ab"[step % 2]
@@ -111,7 +111,7 @@ def test_gradient_checkpointing_of_a_real_model(reentrant: bool) -> None:
         for _ in range(2):
             run(model, {**FAMILIES["llama"].batch(), "use_cache": False}).pow(2).sum().backward()  # type: ignore[dict-item]
         gradients.append([p.grad for p in adapter.parameters()])
-    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-3)
 
 
 def test_threads() -> None:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.io import support
-from tests.io.writer import save_often
 from torch import Tensor, nn
 
 import lorasmith as ls
@@ -26,7 +25,9 @@ from lorasmith.errors import (
     LorasmithError,
     UnknownNameError,
 )
-from lorasmith.io import files, weights
+from lorasmith.io import weights
+from tests.io import support
+from tests.io.writer import save_often
 
 CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "lorasmith.json"
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -283,15 +284,15 @@ def test_a_full_disk_is_an_error_of_ours(tmp_path: Path, monkeypatch: pytest.Mon
 # -- files that are wrong ----------------------------------------------------------------
 
 
-def _drop(key: str) -> Callable[[Path], None]:
-    return lambda path: support.edit_tensors(path / WEIGHTS, lambda t: [t.pop(key)] and None)
+def _drop(key: str) -> Callable[[Path], object]:
+    return lambda path: support.edit_tensors(path / WEIGHTS, lambda t: t.pop(key))
 
 
-def _put(key: str, value: Tensor) -> Callable[[Path], None]:
+def _put(key: str, value: Tensor) -> Callable[[Path], object]:
     return lambda path: support.edit_tensors(path / WEIGHTS, lambda t: t.update({key: value}))
 
 
-def _map(change: Callable[[Tensor], Tensor], part: str = "lora_A") -> Callable[[Path], None]:
+def _map(change: Callable[[Tensor], Tensor], part: str = "lora_A") -> Callable[[Path], object]:
     return lambda path: support.edit_tensors(
         path / WEIGHTS,
         lambda tensors: tensors.update(
@@ -300,11 +301,19 @@ def _map(change: Callable[[Tensor], Tensor], part: str = "lora_A") -> Callable[[
     )
 
 
-def _fields(**changes: Any) -> Callable[[Path], None]:
+def _both(*steps: Callable[[Path], object]) -> Callable[[Path], object]:
+    def run(path: Path) -> None:
+        for step in steps:
+            step(path)
+
+    return run
+
+
+def _fields(**changes: Any) -> Callable[[Path], object]:
     return lambda path: support.edit_json(path / CONFIG, **changes)
 
 
-def _truncate(share: float) -> Callable[[Path], None]:
+def _truncate(share: float) -> Callable[[Path], object]:
     def cut(path: Path) -> None:
         data = (path / WEIGHTS).read_bytes()
         (path / WEIGHTS).write_bytes(data[: int(len(data) * share)])
@@ -312,7 +321,7 @@ def _truncate(share: float) -> Callable[[Path], None]:
     return cut
 
 
-def _text(old: str, new: str) -> Callable[[Path], None]:
+def _text(old: str, new: str) -> Callable[[Path], object]:
     def edit(path: Path) -> None:
         text = (path / CONFIG).read_text()
         assert old in text
@@ -331,7 +340,7 @@ def _nan(tensor: Tensor) -> Tensor:
     return tensor
 
 
-WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
+WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut off": (_truncate(0.7), "cannot be read"),
     "cut off in the header": (_truncate(0.01), "cannot be read"),
     "empty": (_truncate(0), "cannot be read"),
@@ -340,7 +349,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
     "pickle": (_pickle, "pickle"),
     "a layer without B": (_drop(f"{Q0}.lora_B.weight"), "missing"),
     "a layer less": (
-        lambda p: (_drop(f"{Q0}.lora_B.weight")(p), _drop(f"{Q0}.lora_A.weight")(p)) and None,
+        _both(_drop(f"{Q0}.lora_B.weight"), _drop(f"{Q0}.lora_A.weight")),
         "no tensors for a layer",
     ),
     "more": (_put("base_model.model.extra.weight", torch.ones(2)), "does not use"),
@@ -354,26 +363,16 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no prefix": (_put("model.x.lora_A.weight", torch.ones(4, 32)), "does not use"),
     "unknown layer": (
-        lambda p: (
-            (
-                _put(
-                    "base_model.model.model.layers.7.mlp.up_proj.lora_A.weight", torch.ones(4, 32)
-                )(p),
-                _put(
-                    "base_model.model.model.layers.7.mlp.up_proj.lora_B.weight", torch.ones(40, 4)
-                )(p),
-            )
-            and None
+        _both(
+            _put("base_model.model.model.layers.7.mlp.up_proj.lora_A.weight", torch.ones(4, 32)),
+            _put("base_model.model.model.layers.7.mlp.up_proj.lora_B.weight", torch.ones(40, 4)),
         ),
         "does not have",
     ),
     "a layer that cannot be adapted": (
-        lambda p: (
-            (
-                _put("base_model.model.model.norm.lora_A.weight", torch.ones(4, 32))(p),
-                _put("base_model.model.model.norm.lora_B.weight", torch.ones(32, 4))(p),
-            )
-            and None
+        _both(
+            _put("base_model.model.model.norm.lora_A.weight", torch.ones(4, 32)),
+            _put("base_model.model.model.norm.lora_B.weight", torch.ones(32, 4)),
         ),
         "cannot adapt",
     ),
@@ -419,9 +418,9 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
     "config: unknown type": (_fields(peft_type="HRA2"), "not known"),
     "config: layer replication": (_fields(layer_replication=[[0, 1]]), "layer_replication"),
     "config: a key twice": (_text('"r": 4', '"r": 4, "r": 4'), "twice"),
-    "config: a list": (lambda p: (p / CONFIG).write_text("[]") and None, "JSON object"),
-    "config: cut off": (lambda p: (p / CONFIG).write_text('{"r": ') and None, "not valid JSON"),
-    "config: binary": (lambda p: (p / CONFIG).write_bytes(b"\x80\x02") and None, "UTF-8"),
+    "config: a list": (lambda p: (p / CONFIG).write_text("[]"), "JSON object"),
+    "config: cut off": (lambda p: (p / CONFIG).write_text('{"r": '), "not valid JSON"),
+    "config: binary": (lambda p: (p / CONFIG).write_bytes(b"\x80\x02"), "UTF-8"),
 }
 
 
@@ -484,6 +483,8 @@ def test_files_replaced_by_another_program_are_read_as_they_are(tmp_path: Path) 
         ({"config": {"variant": "from-the-future"}}, "no variant named"),
         ({"config": {"variant": "lora", "colour": "red"}}, "no field 'colour'"),
         ({"config": [1]}, "malformed"),
+        ({"config": ls.LoRAConfig(r=4, alpha=9).to_dict()}, "different adapters"),
+        ({"config": ls.DoRAConfig(r=4).to_dict()}, "different adapters"),
         ({"frozen": "A0"}, "malformed"),
         ({"padding": ["classifier.weight"]}, "missing"),
         ({"base": {"fingerprint": {"structure": 1}}}, "cannot be read"),
@@ -499,7 +500,7 @@ def test_a_wrong_record_of_ours_is_refused(
     assert caught.value.file is not None
 
 
-SAVED_WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
+SAVED_WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (_drop("base_model.model.classifier.bias"), "missing"),
     "more": (_put("base_model.model.classifier.scale", torch.ones(1)), "not one of the module's"),
     "shape": (_put("base_model.model.classifier.weight", torch.ones(4, 32)), "does not fit"),
@@ -512,12 +513,9 @@ SAVED_WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
         "not finite",
     ),
     "no such module": (
-        lambda p: (
-            (
-                _fields(modules_to_save=["classifier", "nowhere"])(p),
-                _put("base_model.model.nowhere.weight", torch.ones(1))(p),
-            )
-            and None
+        _both(
+            _fields(modules_to_save=["classifier", "nowhere"]),
+            _put("base_model.model.nowhere.weight", torch.ones(1)),
         ),
         "does not have",
     ),
@@ -668,7 +666,7 @@ def test_two_writers_and_a_reader(tmp_path: Path) -> None:
         # The configuration that PEFT reads is of the same generation.
         assert found.peft["lora_alpha"] == found.config.alpha
         for factors in found.factors.values():
-            assert bool((factors.A == found.config.alpha).all())
+            assert bool((found.config.alpha == factors.A).all())
         read += 1
     for worker in workers:
         worker.join(60)
@@ -691,7 +689,7 @@ def test_a_reader_waits_for_a_consistent_directory(
         for name in (WEIGHTS, OWN):
             (path / name).write_bytes((new / name).read_bytes())
 
-    monkeypatch.setattr(files.time, "sleep", finish)
+    monkeypatch.setattr(time, "sleep", finish)
     found = ls.read_adapter(path)
     assert isinstance(found.config, ls.LoRAConfig)
     assert found.config.alpha == 2
@@ -722,7 +720,7 @@ def test_models_that_are_not_transformers(variant: str, tmp_path: Path) -> None:
     fresh = Odd()
     fresh.load_state_dict(model.state_dict())
     config_class = ls.variants()[variant].config_class
-    options = {"r": 2} if hasattr(config_class, "r") else {}
+    options: dict[str, Any] = {"r": 2} if hasattr(config_class, "r") else {}
     support.attached(model, config_class(targets=("0", "lora_A", "weight"), **options))
     x = torch.randn(4, 5)
     ls.save(model, tmp_path / "a")

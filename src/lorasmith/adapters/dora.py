@@ -179,7 +179,7 @@ class DoRA(LoRA):
         B0 = state["B0"] if "B0" in state else None
         owned = owns_output(base.module, base)
         if lowrank.fast(y):
-            out: Tensor = _Rescale.apply(y, carry, B, B0, m, norms, bias, s, owned)
+            out: Tensor = _Rescale.apply(y, carry, B, B0, m, norms, bias, s, owned)  # type: ignore[no-untyped-call]
             return out
         gain = (m * _inverse(norms)).to(y.dtype)
         if bias is None:
@@ -228,7 +228,7 @@ class DoRA(LoRA):
         if key is not None and cache.get("weight_key") == key:
             kept: Tensor = cache["squared"]
             return kept
-        squared = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
+        squared: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
         if key is not None:
             cache.update(weight_key=key, squared=squared)
         return squared

@@ -8,8 +8,9 @@ applied to every target.
 Identity at t = 0: l = 1.
 
 Files: PEFT's ``IA3`` with every target also in ``feedforward_modules``. A file of PEFT's
-own that is so reads as ``ia3`` with ``feedforward``, which computes the same. Works on quantised layers; fuses exactly up to
-rounding.
+own that is so reads as ``ia3`` with ``feedforward``, which computes the same.
+
+Works on quantised layers; fuses exactly up to rounding.
 """
 
 from __future__ import annotations

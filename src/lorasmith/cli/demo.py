@@ -18,7 +18,7 @@ from lorasmith.cli.output import Common, CommonOptions, emit, number, session, s
 from lorasmith.training.config import AdapterOptions, TrainConfig
 
 if TYPE_CHECKING:
-    from lorasmith.training.evaluate import EvalReport
+    from lorasmith.training.evaluate import EvalReport, Example
     from lorasmith.training.trainer import TrainResult
 
 __all__ = ["demo"]
@@ -117,12 +117,14 @@ class _Found:
         before: EvalReport,
         after: EvalReport,
         general: tuple[float, float],
+        questions: tuple[str, ...],
         report: Path,
         seconds: float,
         peak: int,
     ) -> None:
         self.config, self.result, self.report = config, result, report
         self.before, self.after = before, after
+        self.questions = questions
         self.general_before, self.general_after = general
         self.seconds, self.peak_memory_bytes = seconds, peak
 
@@ -151,6 +153,13 @@ class _Found:
             ),
         ]
 
+    def examples(self) -> list[tuple[str, Example, Example]]:
+        """(question, before, after) of each row; the prompt with its template if need be."""
+        questions = self.questions
+        if len(questions) != len(self.after.examples):
+            questions = tuple(e.prompt for e in self.after.examples)
+        return list(zip(questions, self.before.examples, self.after.examples, strict=True))
+
     def show(self, console: Console) -> None:
         """The tables on a terminal."""
         table = Table("held-out dates", "before", "after", title="Before and after")
@@ -158,10 +167,10 @@ class _Found:
             table.add_row(*row)
         console.print(table)
         examples = Table("prompt", "expected", "before", "after", title="What it writes")
-        for one, two in list(zip(self.before.examples, self.after.examples, strict=True))[:5]:
+        for asked, one, two in self.examples()[:5]:
             good, bad = ("✓", "green"), ("✗", "red")
             examples.add_row(
-                Text(question(one.prompt)),
+                Text(asked),
                 Text(one.expected),
                 Text.assemble(good if one.match else bad, " ", one.got),
                 Text.assemble(good if two.match else bad, " ", two.got),
@@ -179,12 +188,6 @@ class _Found:
 def share(report: EvalReport) -> str:
     """Exact match as a percentage."""
     return "–" if report.exact_match is None else f"{report.exact_match:.0%}"
-
-
-def question(prompt: str) -> str:
-    """The line of a prompt, template included, that the user wrote."""
-    lines = [line for line in prompt.splitlines() if line.strip() and "<|" not in line]
-    return lines[-1].removesuffix("<|im_end|>") if lines else prompt.strip()
 
 
 class _Demo:
@@ -235,6 +238,7 @@ class _Demo:
             before,
             after,
             (general_before, general_after),
+            tuple(rows["prompt"]) if "prompt" in rows.column_names else (),
             path,
             time.perf_counter() - started,
             peak_memory_bytes(next(model.parameters()).device),
@@ -262,12 +266,12 @@ def write_demo_report(found: _Found, path: Path) -> None:
         ),
         tuple(
             (
-                question(one.prompt),
+                asked,
                 one.expected,
                 Cell(one.got, "good" if one.match else "bad"),
                 Cell(two.got, "good" if two.match else "bad"),
             )
-            for one, two in zip(before.examples, after.examples, strict=True)
+            for asked, one, two in found.examples()
         ),
         caption="Held-out rows, written greedily. A row counts only if the whole text is equal.",
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.config import AdapterConfig
-from lorasmith.core.state import LayerAdapter, SavedModule, saved_modules, slots
+from lorasmith.core.state import LayerAdapter, saved_modules, slots
 from lorasmith.errors import AttachError, ConfigError, UnknownNameError
 
 __all__ = ["Adapter", "ModelState", "adapters", "check_name", "state_of", "unwrap"]
@@ -40,7 +40,8 @@ def check_name(name: str) -> str:
     Raises:
         ConfigError: If not.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    given: object = name
+    if not isinstance(given, str) or not _NAME.fullmatch(given):
         raise ConfigError(
             "That cannot be the name of an adapter.",
             expected="letters, digits, '_' and '-', at most 128, not starting with '-'",
@@ -240,8 +241,3 @@ def get_adapter(model: nn.Module, name: str | None) -> Adapter:
             fix="attach one first" if not attached else "name one of those attached",
         )
     return attached[name]
-
-
-def copies_of(saved: SavedModule) -> tuple[str, ...]:
-    """Names of the adapters that have a copy of this module."""
-    return saved.names()

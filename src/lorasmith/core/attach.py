@@ -18,9 +18,9 @@ from lorasmith.core import hooks
 from lorasmith.core.adapter import (
     Adapter,
     ModelState,
+    activate,
     adapters,
     check_name,
-    activate,
     get_adapter,
     set_state,
     state_of,

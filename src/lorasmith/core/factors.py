@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorasmith.core.adapter import adapters, get_adapter, unwrap
 from lorasmith.core.layers import describe
@@ -68,8 +69,8 @@ def _peft_factors(root: nn.Module, name: str | None) -> dict[str, Factors]:
         info = describe(layer, module_name) if isinstance(layer, nn.Module) else None
         variants = getattr(module, "use_dora", {})
         found[module_name] = Factors(
-            a[chosen].weight,
-            b[chosen].weight,
+            cast("Tensor", a[chosen].weight),
+            cast("Tensor", b[chosen].weight),
             float(scaling[chosen]),
             exact=not variants.get(chosen, False),
             base=None if info is None or layer is None else BaseLayer(layer, info),

@@ -7,7 +7,6 @@ something else altogether. Only this file knows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -85,9 +84,10 @@ def describe(module: nn.Module, name: str) -> LayerInfo | None:
         d_in, d_out = weight.shape
         exact = type(module).__name__ == "Conv1D"
         return LayerInfo(name, d_in, d_out, "conv1d", has_bias, exact)
-    d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if type(d_in) is not int or type(d_out) is not int:
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if type(sizes[0]) is not int or type(sizes[1]) is not int:
         return None
+    d_in, d_out = sizes[0], sizes[1]
     plain = (
         isinstance(module, nn.Linear)
         and isinstance(weight, Tensor)
@@ -105,7 +105,7 @@ def read_weight(module: nn.Module, info: LayerInfo) -> Tensor:
     Raises:
         AttachError: If the weight is quantised or otherwise cannot be read as it is.
     """
-    weight = module.weight
+    weight = getattr(module, "weight", None)
     if info.kind == "opaque" or not isinstance(weight, Tensor):
         raise AttachError(
             f"The weight of {info.name} cannot be read as a plain matrix.",
@@ -141,13 +141,3 @@ def device_of(module: nn.Module) -> torch.device:
     """Where a layer's tensors are: quantised layers may hold buffers and no parameter."""
     tensors: Iterator[Tensor] = chain(module.parameters(), module.buffers())
     return next((t.device for t in tensors), torch.device("cpu"))
-
-
-def row_norms(weight: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Euclidean norm of each row of W [d_out, d_in], computed in ``dtype``: [d_out]."""
-    return torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
-
-
-def elements(shape: torch.Size | tuple[int, ...]) -> int:
-    """Number of elements of a tensor of that shape."""
-    return math.prod(shape)

@@ -23,6 +23,7 @@ from them, and compute out of place while autograd records their backward pass.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -127,11 +128,12 @@ class _Down(torch.autograd.Function):
         if len(widths) == 1:
             hs = [h.view(*x.shape[:-1], widths[0])]
         else:
-            hs = [p.reshape(*x.shape[:-1], p.shape[1]) for p in h.split(widths, dim=1)]
+            hs = [p.reshape(*x.shape[:-1], p.shape[1]) for p in torch.split(h, widths, dim=1)]
         return (x, *hs) if through else tuple(hs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        ctx.spent = True  # for ``Siblings``: what still waits must not join this graph
         g_x, g_hs = (grads[0], grads[1:]) if ctx.through else (None, grads)
         x, mask, *pairs = ctx.saved_tensors
         result: list[Tensor | None] = [g_x, None, None, None, *(None for _ in pairs)]
@@ -144,10 +146,9 @@ class _Down(torch.autograd.Function):
         if any(ctx.needs_input_grad[4:]):
             flat = x.reshape(-1, x.shape[-1])
             kept = flat if mask is None else flat * mask
-            if len(widths) == 1:  # what is frozen comes last and needs no gradient
-                g_a = g_h[:, : pairs[0].shape[0]].T @ kept
-            else:
-                g_a = g_h.T @ kept
+            # Alone, what is frozen comes last; it needs no gradient.
+            needed = g_h[:, : pairs[0].shape[0]] if len(widths) == 1 else g_h
+            g_a = needed.T @ kept
             start = 0
             for i, width in enumerate(widths):
                 A = pairs[2 * i]
@@ -212,7 +213,7 @@ class _Up(torch.autograd.Function):
         return add_product(y, h.reshape(-1, h.shape[-1]), _columns(B, B0, y.dtype), s, owned)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         h, B, B0 = ctx.saved_tensors
         flat = g.reshape(-1, g.shape[-1])
         g_h = g_b = None
@@ -241,30 +242,41 @@ class Siblings:
     Which ones are is not declared but seen: where a layer is called with the very tensor
     object that a neighbour was just called with, the neighbour remembers, and the next
     time computes the product for both. A guess that proves wrong is forgotten.
+
+    What waits is used only while it is what the follower would compute itself: on the same
+    values of x and A, in a graph that no backward pass has gone through, in the same thread.
     """
 
     def __init__(self) -> None:
         self._followers: dict[Any, list[Any]] = {}
-        self._shared = _Shared(None, lambda: None, None, {})
+        self._local = threading.local()
+
+    @property
+    def _shared(self) -> _Shared:
+        found: _Shared | None = getattr(self._local, "shared", None)
+        return _Shared(None, lambda: None, None, {}) if found is None else found
 
     def __reduce__(self) -> Any:
         # Nothing in here outlives a copy or a file: it is learnt anew in one step.
         return (Siblings, ())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Siblings:
-        return memo.setdefault(id(self), Siblings())  # type: ignore[no-any-return]
+        copy: Siblings = memo.setdefault(id(self), Siblings())
+        return copy
 
     def take(self, member: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """What a neighbour has computed for ``member`` on this very ``x``, if anything."""
         shared = self._shared
         if shared.input() is not x:
             return None
-        h = shared.ready.pop(member, None)
-        if h is not None and shared.passed is not None:
-            passed = shared.passed
+        waiting = shared.ready.pop(member, None)
+        if waiting is not None and shared.passed is not None:
+            passed, (h, versions) = shared.passed, waiting
             if not shared.ready:
                 shared.passed = None  # nobody else waits: do not keep the graph alive
-            return passed, h
+            spent = getattr(h.grad_fn, "spent", False)
+            fresh = versions == _versions(x, member) and not spent
+            return (passed, h) if fresh else None
         followers = self._followers.setdefault(shared.leader, [])
         if member is not shared.leader and member not in followers:
             followers.append(member)
@@ -272,13 +284,17 @@ class Siblings:
 
     def followers(self, member: Any) -> list[Any]:
         """Those who are expected to be called next with the input of ``member``."""
-        for unused in self._shared.ready:  # a guess that did not come true
-            self._followers[self._shared.leader].remove(unused)
+        shared = self._shared
+        known = self._followers.get(shared.leader, [])
+        for unused in shared.ready:  # a guess that did not come true
+            if unused in known:
+                known.remove(unused)
         return list(self._followers.get(member, ()))
 
     def offer(self, leader: Any, x: Tensor, passed: Tensor, ready: dict[Any, Tensor]) -> None:
         """Keeps what has been computed on ``x`` until the followers take it."""
-        self._shared = _Shared(leader, weakref.ref(x), passed if ready else None, ready)
+        waiting = {m: (h, _versions(x, m)) for m, h in ready.items()}
+        self._local.shared = _Shared(leader, weakref.ref(x), passed if ready else None, waiting)
 
 
 @dataclass
@@ -288,7 +304,22 @@ class _Shared:
     leader: Any
     input: Callable[[], Tensor | None]
     passed: Tensor | None
-    ready: dict[Any, Tensor]
+    ready: dict[Any, tuple[Tensor, tuple[int, ...]]]
+
+
+def _versions(x: Tensor, member: Any) -> tuple[int, ...]:
+    """Changes when x or A is written in place."""
+    return x._version, member["A"]._version
+
+
+def _recomputed() -> bool:
+    """Whether somebody (non-reentrant checkpointing) replays what is saved here.
+
+    The replay must save exactly what the first pass saved, so nothing may be learnt, or
+    done differently for having learnt, in between.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None
 
 
 def down(
@@ -320,14 +351,12 @@ def down(
     # saves is its input.
     kept = x.to(compute_dtype(x))
     if not fast(x):
-        h = F.linear(
-            _plain_dropout(kept, dropout) if dropout else kept, _rows((A, A0), kept.dtype)
-        )
+        h = F.linear(_plain_dropout(kept, dropout) if dropout else kept, _rows((A, A0), kept.dtype))
         return x, h
     # If x has no gradient (the first layer) it does not pass through the function: A
     # would make it require one, and the base layer would compute it for nothing.
     through = x.requires_grad
-    share = siblings is not None and owned and not dropout
+    share = siblings is not None and owned and not dropout and not _recomputed()
     found = siblings.take(member, x) if share and siblings is not None else None
     if found is not None:
         return found
@@ -335,7 +364,7 @@ def down(
     pairs = [A, A0]
     for other in others:
         pairs += [other["A"], other["A0"] if "A0" in other else None]
-    out = _Down.apply(kept, dropout, through, owned, *pairs)
+    out = _Down.apply(kept, dropout, through, owned, *pairs)  # type: ignore[no-untyped-call]
     passed, hs = (out[0], out[1:]) if through else (x, out)
     if share and siblings is not None:
         siblings.offer(member, x, passed, dict(zip(others, hs[1:], strict=True)))
@@ -370,14 +399,12 @@ def up(
     """
     h = h.to(y.dtype)
     if fast(y):
-        out: Tensor = _Up.apply(y, h, B, B0, s, owned)
+        out: Tensor = _Up.apply(y, h, B, B0, s, owned)  # type: ignore[no-untyped-call]
         return out
     b = _columns(B, B0, y.dtype)
     if plain(y):
         return y + F.linear(h, b) * s
-    return add_product(
-        y, h.reshape(-1, h.shape[-1]), b, s, owned and not torch.is_grad_enabled()
-    )
+    return add_product(y, h.reshape(-1, h.shape[-1]), b, s, owned and not torch.is_grad_enabled())
 
 
 def column_dot(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -390,6 +417,6 @@ def column_dot(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.device.type != "cpu" or a.shape[0] <= 2 * block:
         return (a * b).sum(dim=0, dtype=dtype)
     total = torch.zeros(a.shape[1], dtype=dtype, device=a.device)
-    for x, y in zip(a.split(block), b.split(block), strict=True):
+    for x, y in zip(torch.split(a, block), torch.split(b, block), strict=True):
         total += (x * y).sum(dim=0, dtype=dtype)
     return total

@@ -7,7 +7,7 @@ any other. No module of the model is replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class LayerAdapter(nn.Module):
         self.siblings: Siblings | None = None
 
     def __getitem__(self, tensor: str) -> Tensor:
-        value = self._parameters.get(tensor)
+        value: Tensor | None = self._parameters.get(tensor)
         if value is None:
             value = self._buffers[tensor]
         assert value is not None
@@ -87,7 +87,7 @@ class LayerAdapter(nn.Module):
             return tensor.to(device=moved.device)
 
         self.cache.clear()
-        super()._apply(keep_dtype, recurse)
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -225,10 +225,3 @@ def saved_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, SavedModul
         found = module._modules.get(SAVED)
         if isinstance(found, SavedModule):
             yield name, module, found
-
-
-def named_tensors(parts: Mapping[str, LayerAdapter]) -> Iterator[tuple[str, Tensor]]:
-    """(``"<module>.<tensor>"``, tensor) of one adapter on all its layers."""
-    for module_name, part in parts.items():
-        for tensor_name, tensor in part.tensors():
-            yield f"{module_name}.{tensor_name}", tensor

@@ -9,6 +9,7 @@ modules. A layer whose role cannot be told has none; it is still part of
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections.abc import Iterator, Sequence
@@ -100,10 +101,9 @@ def _head_names(model: nn.Module) -> set[str]:
     heads: list[object] = []
     get_head = getattr(model, "get_output_embeddings", None)
     if callable(get_head):
-        try:
+        # Some models inherit the method but have no head.
+        with contextlib.suppress(AttributeError, NotImplementedError):
             heads.append(get_head())
-        except (AttributeError, NotImplementedError):
-            pass  # some models inherit the method but have no head
     if re.search(r"For\w*(Classification|QuestionAnswering|MultipleChoice)", type(model).__name__):
         prefix = getattr(model, "base_model_prefix", None)
         heads.extend(

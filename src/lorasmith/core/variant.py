@@ -187,6 +187,7 @@ class Variant(ABC):
         """The weight [d_out, d_in] with which the bare layer acts like the adapted one.
 
         Args:
+            state: The adapter's tensors on the layer.
             weight: W [d_out, d_in] in the dtype in which to compute; must not be
                 modified.
 

@@ -98,7 +98,8 @@ def replace_files(target: Path, owned: Collection[str], write: Callable[[Path], 
                 shutil.copymode(target, stage)
                 _keep_files(target, stage, owned)
             for entry in stage.iterdir():
-                _sync(entry)
+                if entry.name in owned:
+                    _sync(entry)
             _sync(stage)
             if not target.exists():
                 stage.rename(target)
@@ -197,7 +198,8 @@ def _exchange(a: Path, b: Path) -> bool:
     if function(*arguments) == 0:
         return True
     code = ctypes.get_errno()
-    # An old kernel, or a file system that cannot exchange (some network and FUSE ones).
-    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
+    # An old kernel, or a file system that cannot exchange (some network, FUSE and overlay
+    # ones).
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM, errno.EXDEV):
         return False
     raise OSError(code, os.strerror(code), os.fspath(a), None, os.fspath(b))

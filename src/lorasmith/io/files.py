@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from lorasmith.core.adapter import Adapter, adapters, unwrap
 from lorasmith.core.attach import check_free, put, trainable_copy
+from lorasmith.core.config import AdapterConfig
 from lorasmith.core.factors import factors_of
 from lorasmith.core.layers import LayerInfo, device_of
+from lorasmith.core.registry import variant_of
 from lorasmith.core.state import LayerAdapter
 from lorasmith.core.targets import candidates
 from lorasmith.core.variant import Factors, NewTensors
@@ -99,8 +101,8 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterWeights:
             weights = _read(folder)
         except LorasmithError as error:
             failure = error
-        except FileNotFoundError as error:
-            failure = AdapterFileError(f"A file is gone: {error}.", file=folder)
+        except OSError as error:
+            failure = AdapterFileError(f"A file cannot be read: {error}.", file=folder)
         else:
             if _identities(folder) == before:
                 return weights
@@ -145,7 +147,9 @@ def _read(folder: Path) -> AdapterWeights:
     config, unsupported = None, None
     if record is not None:
         config = record_config(record, own_file)
-    if config is None:
+    if config is not None:
+        _agree(config, fields, own_file)
+    else:
         config, unsupported = translate(fields, tensors, config_file)
     try:
         return AdapterWeights(
@@ -208,6 +212,33 @@ def _own_record(folder: Path, config: bytes, weights: Path) -> dict[str, Any] | 
         file=folder / changed,
         expected="the file with the SHA-256 that lorasmith.json records",
         fix="copy or save the adapter again; if the change was meant, delete " + OWN,
+    )
+
+
+def _agree(config: AdapterConfig, fields: Mapping[str, Any], file: Path) -> None:
+    """Our configuration and PEFT's must say the same: nobody has edited ours."""
+    variant = variant_of(config)
+    for frozen in ((), ("A0", "B0")):
+        mine = variant.to_peft(variant.file_config(config, frozen), {})
+        # How it began is told to PEFT in other words; the rest depends on the layers.
+        keys = [
+            k
+            for k, v in mine.items()
+            if k in fields
+            and isinstance(v, int | float | str)
+            and k != "fan_in_fan_out"
+            and not k.startswith("init_")
+        ]
+        wrong = [k for k in keys if mine[k] != fields[k]]
+        if not wrong:
+            return
+    raise AdapterFileError(
+        f"{OWN} and {peft.CONFIG} describe different adapters.",
+        file=file,
+        key=wrong[0],
+        expected=repr(fields[wrong[0]]),
+        got=repr(mine[wrong[0]]),
+        fix=f"save or copy the adapter again, or delete {OWN}",
     )
 
 

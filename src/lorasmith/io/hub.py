@@ -33,8 +33,15 @@ def locate(path: str | os.PathLike[str]) -> Path:
     folder = Path(path).expanduser()
     if not folder.exists() and folder.name and interrupted(folder):
         # A writer is between its two renames, or died there.
-        with locked(folder):
-            recover(folder, OWNED)
+        try:
+            with locked(folder):
+                recover(folder, OWNED)
+        except OSError as error:
+            raise AdapterFileError(
+                f"A writer was interrupted, and its traces cannot be cleaned up: {error}.",
+                file=folder,
+                fix="rename the hidden directory .<name>.<number>.old beside it",
+            ) from error
     if not folder.exists():
         text = os.fspath(path)
         if isinstance(path, str) and _HUB_ID.fullmatch(text):

@@ -141,7 +141,11 @@ class FileTensors(TensorSource):
     def __getitem__(self, key: str) -> Tensor:
         if key not in self._headers:
             raise KeyError(key)
-        # A copy: the mapped pages would go wrong if somebody wrote into the file.
+        now = identity(self.path)
+        if now is not None and self.identity is not None and now[:2] == self.identity[:2]:
+            # Not replaced by another file, which would leave ours whole: written into.
+            self._check_unchanged()
+        # A copy: the mapped pages would go wrong if somebody wrote into the file later.
         value: Tensor = self._file.get_tensor(key).clone()
         return value
 
@@ -160,10 +164,13 @@ class FileTensors(TensorSource):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.path, self.identity = state["path"], state["identity"]
+        self._check_unchanged()
+        self._open()
+
+    def _check_unchanged(self) -> None:
         if self.changed():
             raise AdapterFileError(
                 "The weights have been replaced since the adapter was read.",
                 file=self.path,
                 fix="read the adapter again",
             )
-        self._open()

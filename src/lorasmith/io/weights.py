@@ -511,9 +511,11 @@ class AdapterWeights:
         import shutil
 
         weights, config = folder / peft.WEIGHTS, folder / peft.CONFIG
+        copied = False
         if isinstance(self.tensors, FileTensors) and not self.tensors.changed():
             shutil.copyfile(self.tensors.path, weights)
-        else:
+            copied = not self.tensors.changed()
+        if not copied:
             from safetensors.torch import save_file
 
             values = {k: self.tensors[k].detach().cpu().contiguous() for k in self.tensors}
@@ -696,6 +698,7 @@ def translate(
             f"A value in the configuration has an impossible type: {error}.", file=file
         ) from error
     if config is not None:
+        _warn_of_unknown(fields, file)
         return config, None
     known = sorted({v.peft_type for v in variants().values()})
     raise AdapterFileError(
@@ -706,6 +709,20 @@ def translate(
         got=kind,
         fix="lorasmith.register(...) adds a variant of your own",
     )
+
+
+def _warn_of_unknown(fields: Mapping[str, Any], file: Path) -> None:
+    known = peft.FIELDS.get(str(fields.get("peft_type")))
+    neutral: tuple[object, ...] = (None, False, "", [], {})
+    unknown = [k for k, v in fields.items() if known and k not in known and v not in neutral]
+    if unknown:
+        warnings.warn(
+            f"{file} holds fields that lorasmith does not know, perhaps of a newer PEFT: "
+            f"{_some(sorted(unknown))}. They are ignored; if they change what the adapter "
+            "computes, it will not act as it did in training.",
+            UserWarning,
+            stacklevel=6,
+        )
 
 
 def _claim(fields: Mapping[str, Any], tensors: Collection[str]) -> AdapterConfig | None:

@@ -516,7 +516,7 @@ def _unwrap(model: nn.Module) -> tuple[nn.Module, str | None]:
         if hasattr(model, "_orig_mod"):
             # A compiled graph ignores hooks that are set afterwards.
             obstacle = "the whole model is compiled; compile model.get_decoder() instead"
-            model = cast(nn.Module, model._orig_mod)  # noqa: SLF001 - has no public name
+            model = cast(nn.Module, model._orig_mod)
         elif type(model).__module__.startswith(("torch.nn.parallel", "torch.distributed")):
             inner = getattr(model, "module", None)
             if not isinstance(inner, nn.Module):
@@ -559,8 +559,8 @@ def _plain_head(head: nn.Module) -> bool:
         type(head) is nn.Linear
         and type(head.weight) is nn.Parameter
         and head.weight.is_floating_point()
-        and not head._forward_hooks  # noqa: SLF001 - torch has no public way to ask
-        and not head._forward_pre_hooks  # noqa: SLF001
+        and not head._forward_hooks
+        and not head._forward_pre_hooks
         and "forward" not in head.__dict__  # accelerate's device hooks replace it
     )
 

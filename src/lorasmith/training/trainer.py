@@ -16,8 +16,6 @@ done differently here, and why:
 - The evaluation loss is a mean over tokens. (Trainer's is a mean of batch means.)
 """
 
-# Much here has the signatures of Trainer and its callbacks, whatever it needs of them.
-
 from __future__ import annotations
 
 import contextlib
