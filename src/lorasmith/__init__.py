@@ -29,8 +29,8 @@ _EXPORTS = {
     "LoRAConfig": "lorasmith.adapters",
     "LorasmithError": "lorasmith.errors",
     "Variant": "lorasmith.core.variant",
-    "adapters": "lorasmith.core.adapter",
     "attach": "lorasmith.core.attach",
+    "attached": "lorasmith.core.adapter",
     "config_from_dict": "lorasmith.core.registry",
     "detach": "lorasmith.core.attach",
     "factors": "lorasmith.io",
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from lorasmith.adapters import IA3FFConfig as IA3FFConfig
     from lorasmith.adapters import LoRAConfig as LoRAConfig
     from lorasmith.core.adapter import Adapter as Adapter
-    from lorasmith.core.adapter import adapters as adapters
+    from lorasmith.core.adapter import attached as attached
     from lorasmith.core.attach import attach as attach
     from lorasmith.core.attach import detach as detach
     from lorasmith.core.attach import use as use

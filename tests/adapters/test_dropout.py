@@ -54,7 +54,7 @@ def test_expectation_is_the_output_without_dropout(layer: nn.Module) -> None:
 def test_the_same_mask_forwards_and_backwards(layer: nn.Module) -> None:
     """With one token, dy/dx shows exactly which inputs the mask kept."""
     layer.train()
-    part = ls.adapters(layer)["default"].layers()["0"]
+    part = ls.attached(layer)["default"].layers()["0"]
     base = layer[0]  # type: ignore[index]
     for seed in range(5):
         x = torch.randn(1, 6, requires_grad=True)
@@ -100,7 +100,7 @@ def test_seeded_in_training_and_off_in_evaluation(layer: nn.Module) -> None:
 
 def test_the_base_path_is_not_dropped(layer: nn.Module) -> None:
     layer.train()
-    part = ls.adapters(layer)["default"].layers()["0"]
+    part = ls.attached(layer)["default"].layers()["0"]
     with torch.no_grad():
         part["B"].zero_()
     x = torch.randn(4, 6)

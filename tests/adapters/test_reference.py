@@ -74,7 +74,7 @@ def test_every_variant_has_a_reference() -> None:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("input_grad", [True, False], ids=["x needs grad", "x needs none"])
 def test_forward_and_all_gradients(config: Any, kind: str, input_grad: bool) -> None:
-    base = layer(kind.split()[0], bias="without" not in kind)
+    base = layer(kind.split(maxsplit=1)[0], bias="without" not in kind)
     model = nn.Sequential(base)
     adapter = ls.attach(model, config)
     randomise(adapter.parameters(), scale=0.4)

@@ -62,9 +62,9 @@ def step(config: Any, **more: Any) -> tuple[list[Tensor], Allocations, Allocatio
     x = torch.randn(TOKENS, D_IN, requires_grad=True)
     weights = torch.ones(TOKENS, D_OUT)
     saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
-        with Allocations() as forward:
-            y = model(x)
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)  # type: ignore[func-returns-value]
+    with keep, Allocations() as forward:
+        y = model(x)
     with Allocations() as backward:
         torch.autograd.grad(y, [p for p in (x, *model.parameters()) if p.requires_grad], weights)
     return saved, forward, backward

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
 
 import lorasmith as ls
 from lorasmith.adapters.ia3_ff import IA3FF, IA3FFConfig
@@ -86,15 +85,3 @@ def test_entry_points(monkeypatch: pytest.MonkeyPatch, as_class: bool) -> None:
     assert isinstance(ls.variants()["mine"], Mine)
     ls.variants()
     assert groups == ["lorasmith.variants"]
-
-
-def test_the_function_and_the_package_of_one_name() -> None:
-    """``lorasmith.adapters`` is a package; ``ls.adapters(model)`` must work all the same."""
-    model = mlp()
-    assert ls.adapters(model) == {}
-    ls.attach(model, ls.IA3Config())
-    assert list(ls.adapters(model)) == ["default"]
-    import lorasmith.adapters
-
-    assert list(lorasmith.adapters(model)) == ["default"]
-    assert isinstance(model, nn.Module)

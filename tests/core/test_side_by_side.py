@@ -35,7 +35,7 @@ def three() -> tuple[torch.nn.Module, dict[str | None, Tensor]]:
 
 def test_each_acts_alone() -> None:
     model, outputs = three()
-    assert list(ls.adapters(model)) == ["a", "b", "c"]
+    assert list(ls.attached(model)) == ["a", "b", "c"]
     for name in ("a", None, "c", "b", "a"):
         ls.use(model, name)
         assert torch.equal(model(X), outputs[name])
@@ -44,13 +44,13 @@ def test_each_acts_alone() -> None:
 
 def test_a_second_adapter_does_not_freeze_the_first() -> None:
     model, _ = three()
-    assert all(p.requires_grad for a in ls.adapters(model).values() for p in a.parameters())
+    assert all(p.requires_grad for a in ls.attached(model).values() for p in a.parameters())
     base = [p for n, p in model.named_parameters() if "lorasmith" not in n]
     assert not any(p.requires_grad for p in base)
     ls.use(model, "a")
     model(X).sum().backward()
-    assert all(p.grad is not None for p in ls.adapters(model)["a"].parameters())
-    assert all(p.grad is None for p in ls.adapters(model)["b"].parameters())
+    assert all(p.grad is not None for p in ls.attached(model)["a"].parameters())
+    assert all(p.grad is None for p in ls.attached(model)["b"].parameters())
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations("abc")), ids="".join)
@@ -126,7 +126,7 @@ def test_factors() -> None:
     model, _ = three()
     a = factors_of(model, "a")
     assert set(a) == {"0", "2"}
-    part = ls.adapters(model)["a"].layers()["0"]
+    part = ls.attached(model)["a"].layers()["0"]
     assert a["0"].A is part["A"]
     assert (a["0"].rank, a["0"].exact, a["0"].scaling) == (2, True, 8.0)
     torch.testing.assert_close(a["0"].delta(), 8.0 * part["B"] @ part["A"])
@@ -139,7 +139,7 @@ def test_factors() -> None:
     ls.attach(taken, ls.LoRAConfig(r=2, init="pissa"))
     for factors in factors_of(taken).values():
         assert float(factors.delta().abs().max().detach()) < 1e-6
-        assert [t.shape[0] for t in factors.stacked()][0] == 4
+        assert factors.stacked()[0].shape[0] == 4
 
 
 def test_modules_to_save() -> None:

@@ -109,7 +109,7 @@ def test_catastrophic_expressions_stop_quickly() -> None:
     with pytest.raises(ConfigError, match="took over"):
         ls.attach(model, ls.LoRAConfig(rank_pattern={r"(a|a|a)+b": 2}))
     assert time.perf_counter() - start < 5
-    assert not ls.adapters(model)
+    assert not ls.attached(model)
 
 
 def test_broken_expressions_name_the_field() -> None:

@@ -119,7 +119,7 @@ def test_what_pissa_refuses_leaves_the_model_alone() -> None:
         with pytest.raises(ConfigError, match=match):
             ls.attach(model, config)
         assert list(model.state_dict()) == list(before)
-        assert not ls.adapters(model)
+        assert not ls.attached(model)
 
 
 def test_ranks_beyond_the_layer_work_where_they_can() -> None:

@@ -13,7 +13,7 @@ from lorasmith.core.config import AdapterConfig
 from lorasmith.core.state import LayerAdapter, saved_modules, slots
 from lorasmith.errors import AttachError, ConfigError, UnknownNameError
 
-__all__ = ["Adapter", "ModelState", "adapters", "check_name", "state_of", "unwrap"]
+__all__ = ["Adapter", "ModelState", "attached", "check_name", "state_of", "unwrap"]
 
 _STATE = "_lorasmith"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
@@ -209,7 +209,7 @@ class Adapter:
         )
 
 
-def adapters(model: nn.Module) -> dict[str, Adapter]:
+def attached(model: nn.Module) -> dict[str, Adapter]:
     """Name → handle of every adapter that is attached to the model."""
     root = unwrap(model)
     state = state_of(root)
@@ -223,21 +223,21 @@ def get_adapter(model: nn.Module, name: str | None) -> Adapter:
         UnknownNameError: If there is none of that name, or ``None`` does not say which.
     """
     root = unwrap(model)
-    attached = adapters(root)
+    present = attached(root)
     state = state_of(root)
     if name is None and state is not None:
         name = state.active if state.active is not None else None
-        if name is None and len(attached) == 1:
-            name = next(iter(attached))
-    if name is None or name not in attached:
+        if name is None and len(present) == 1:
+            name = next(iter(present))
+    if name is None or name not in present:
         raise UnknownNameError(
             "The model has no adapter."
-            if not attached
+            if not present
             else "Which adapter is not clear."
             if name is None
             else f"The model has no adapter named {name!r}.",
-            expected=", ".join(attached) or None,
+            expected=", ".join(present) or None,
             got=name,
-            fix="attach one first" if not attached else "name one of those attached",
+            fix="attach one first" if not present else "name one of those that it has",
         )
-    return attached[name]
+    return present[name]

@@ -19,7 +19,7 @@ from lorasmith.core.adapter import (
     Adapter,
     ModelState,
     activate,
-    adapters,
+    attached,
     check_name,
     get_adapter,
     set_state,
@@ -241,7 +241,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         FuseError: If the adapter is fused and the original weights were not kept.
     """
     root = unwrap(model)
-    names = list(adapters(root)) if name is None else [get_adapter(root, name).name]
+    names = list(attached(root)) if name is None else [get_adapter(root, name).name]
     if fused_name(root) in names:
         unfuse(root)
     state = state_of(root)

@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from lorasmith.core.adapter import adapters, get_adapter, unwrap
+from lorasmith.core.adapter import attached, get_adapter, unwrap
 from lorasmith.core.layers import describe
 from lorasmith.core.variant import BaseLayer, Factors
 from lorasmith.errors import UnknownNameError
@@ -27,7 +27,7 @@ def factors_of(model: nn.Module, name: str | None = None) -> dict[str, Factors]:
             message says what was looked for.
     """
     root = unwrap(model)
-    if adapters(root):
+    if attached(root):
         found = {}
         for module_name, part in get_adapter(root, name).layers().items():
             factors = part.variant.factors(part)
@@ -40,7 +40,7 @@ def factors_of(model: nn.Module, name: str | None = None) -> dict[str, Factors]:
         raise UnknownNameError(
             "No low-rank factors were found on the model.",
             expected="adapters attached by lorasmith, or PEFT layers with lora_A and lora_B",
-            got=f"{type(root).__name__} with adapters {list(adapters(root)) or 'none'}",
+            got=f"{type(root).__name__} with adapters {list(attached(root)) or 'none'}",
         )
     return found
 

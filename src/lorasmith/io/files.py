@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.core.adapter import Adapter, adapters, unwrap
+from lorasmith.core.adapter import Adapter, attached, unwrap
 from lorasmith.core.attach import check_free, put, trainable_copy
 from lorasmith.core.config import AdapterConfig
 from lorasmith.core.factors import factors_of
@@ -321,7 +321,7 @@ def load(
 
 
 def _default_name(root: nn.Module, given: Path, found: Path) -> str:
-    if "default" not in adapters(root):
+    if "default" not in attached(root):
         return "default"
     # What the user wrote, or the subdirectory in it; not the hub's cache directory.
     last = found.name if given.exists() else given.name

@@ -142,9 +142,9 @@ class FileTensors(TensorSource):
         if key not in self._headers:
             raise KeyError(key)
         now = identity(self.path)
-        if now is not None and self.identity is not None and now[:2] == self.identity[:2]:
-            # Not replaced by another file, which would leave ours whole: written into.
-            self._check_unchanged()
+        # Another file under the path leaves ours whole; one that was written into does not.
+        if now != self.identity and now is not None and now[:2] == (self.identity or ())[:2]:
+            raise self._replaced()
         # A copy: the mapped pages would go wrong if somebody wrote into the file later.
         value: Tensor = self._file.get_tensor(key).clone()
         return value
@@ -164,13 +164,13 @@ class FileTensors(TensorSource):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.path, self.identity = state["path"], state["identity"]
-        self._check_unchanged()
+        if self.changed():
+            raise self._replaced()
         self._open()
 
-    def _check_unchanged(self) -> None:
-        if self.changed():
-            raise AdapterFileError(
-                "The weights have been replaced since the adapter was read.",
-                file=self.path,
-                fix="read the adapter again",
-            )
+    def _replaced(self) -> AdapterFileError:
+        return AdapterFileError(
+            "The weights have been replaced since the adapter was read.",
+            file=self.path,
+            fix="read the adapter again",
+        )
