@@ -54,7 +54,13 @@ _TRIES = 5
 _PAUSE = 0.05
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> Path:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    beside: bool = False,
+) -> Path:
     """Saves an adapter of a model as a directory that PEFT can load, too.
 
     The files are replaced as a whole or not at all, and are on disk when this returns;
@@ -65,6 +71,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
         model: The model.
         path: The directory; made with its parents if it does not exist.
         name: Which adapter; the active or only one by default.
+        beside: Whether a directory that holds other files and no adapter will do; they stay.
 
     Returns:
         The directory.
@@ -78,7 +85,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_rank():
         return Path(path)
-    return weights.save(path)
+    return weights.save(path, beside=beside)
 
 
 def read_adapter(path: str | os.PathLike[str]) -> AdapterWeights:

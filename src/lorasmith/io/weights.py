@@ -480,7 +480,7 @@ class AdapterWeights:
 
     # -- writing ---------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | os.PathLike[str], *, beside: bool = False) -> Path:
         """Writes it as a directory that PEFT can load; every value as it is, bit for bit.
 
         The directory's files are replaced as a whole or not at all, and are on disk when
@@ -488,13 +488,15 @@ class AdapterWeights:
 
         Args:
             path: The directory; made with its parents if it does not exist.
+            beside: Whether a directory that holds other files and no adapter will do. By
+                default it will not: most often such a path is a slip.
 
         Raises:
             AdapterFileError: If the path holds something other than an adapter, a value is
                 not finite, or writing fails; the path is as it was then.
         """
         target = Path(path)
-        _check_target(target)
+        _check_target(target, beside)
         for key in self.tensors:
             check_finite(self.tensors[key], key, None)
         try:
@@ -896,21 +898,22 @@ def _unshared(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return values
 
 
-def _check_target(target: Path) -> None:
+def _check_target(target: Path, beside: bool) -> None:
     if target.is_file() or (target.is_symlink() and not target.exists()):
         raise AdapterFileError(
             "An adapter is a directory, and there is a file under that path.",
             file=target,
             fix="choose another path",
         )
-    if not target.is_dir() or not any(target.iterdir()):
+    if beside or not target.is_dir() or not any(target.iterdir()):
         return
     if not any((target / name).is_file() for name in (peft.CONFIG, peft.WEIGHTS)):
         raise AdapterFileError(
             "The directory holds something, but no adapter; it is not touched.",
             file=target,
             got=_some(sorted(e.name for e in target.iterdir())),
-            fix="choose a new or empty directory, e.g. a subdirectory of this one",
+            fix="choose a new or empty directory, e.g. a subdirectory of this one; with "
+            "beside=True the adapter is put next to these files",
         )
 
 

@@ -763,7 +763,7 @@ class _AdapterTrainer(Trainer):
     def _save_adapter(self, path: Path) -> None:
         import lorasmith as ls
 
-        ls.save(self.adapter.model, path, name=self.adapter.name)
+        ls.save(self.adapter.model, path, name=self.adapter.name, beside=True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the adapter, never the base model."""
