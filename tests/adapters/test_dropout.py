@@ -18,13 +18,20 @@ def test_mask_statistics(p: float) -> None:
     mask, keep = lowrank.dropout_mask(torch.empty(count // 100, 100), p)
     assert mask.dtype == torch.int8
     assert set(mask.unique().tolist()) == {0, 1}
-    assert abs(keep - (1 - p)) <= 2**-17
+    assert abs(keep - (1 - p)) <= 2**-8
     deviation = (keep * (1 - keep) / count) ** 0.5
     assert abs(float(mask.double().mean()) - keep) < 4 * deviation
     # Independent along both axes: neighbours agree as often as chance says.
     wide = mask.double() - keep
     for shifted in (wide[1:] * wide[:-1], wide[:, 1:] * wide[:, :-1]):
         assert abs(float(shifted.mean())) < 5 * keep * (1 - keep) / count**0.5
+
+
+@pytest.mark.parametrize("p", [0.001, 0.05, 0.3])
+def test_the_probability_is_exact_over_the_calls(p: float) -> None:
+    torch.manual_seed(0)
+    keeps = torch.tensor([lowrank.dropout_mask(torch.empty(1), p)[1] for _ in range(4000)])
+    assert abs(float(keeps.double().mean()) - (1 - p)) < 4 * (0.5 / 256) / 4000**0.5
 
 
 @pytest.mark.parametrize("p", [1e-9, 0.999999])

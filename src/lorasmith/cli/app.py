@@ -103,6 +103,7 @@ app = App(
     config=_read_config,
     default_parameter=Parameter(negative_iterable=()),
     result_action="return_value",
+    suppress_keyboard_interrupt=False,
 )
 app.command(train)
 app.command(evaluate, name="eval")

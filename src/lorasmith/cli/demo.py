@@ -35,7 +35,7 @@ def demo(
     batch_size: int = 16,
     lr: float = 1e-3,
     rows: int = 100,
-    general_characters: int = 24_000,
+    general_characters: int = 12_000,
     seed: int = 0,
     common: CommonOptions = Common(),  # noqa: B008 - frozen
 ) -> int:

@@ -17,7 +17,7 @@ __all__ = ["generate"]
 
 def generate(
     model: str,
-    prompt: str,
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
     *,
     adapter: Annotated[Path | None, Parameter(alias="-a")] = None,
     max_new_tokens: int = 256,

@@ -160,7 +160,12 @@ def session(common: Common) -> Iterator[None]:
 def emit(
     common: Common, payload: Mapping[str, Any], render: Callable[[Console], None] | None = None
 ) -> None:
-    """Prints a result: the JSON object with ``--json``, else what ``render`` shows."""
+    """Prints a result: the JSON object with ``--json``, else what ``render`` shows.
+
+    Of several processes that torchrun started, the first one speaks for all.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
     if common.json:
         print_json(payload)
     elif render is not None:

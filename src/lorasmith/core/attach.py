@@ -40,7 +40,7 @@ from lorasmith.core.state import (
     slot_of,
     slots,
 )
-from lorasmith.core.targets import find_modules, select
+from lorasmith.core.targets import find_modules, roles_of, select
 from lorasmith.core.variant import BaseLayer
 from lorasmith.errors import AttachError, ConfigError
 
@@ -162,12 +162,9 @@ def put(
         {n: p.requires_grad for n, p in root.named_parameters() if not _ours(n)}
     )
     previous_active = state.active
-    siblings: dict[tuple[str, int], Siblings] = {}
+    _introduce(parts)
     try:
         for module_name, part in parts.items():
-            neighbours = (module_name.rpartition(".")[0], part.info.d_in)
-            if part.info.fresh_output:
-                part.siblings = siblings.setdefault(neighbours, Siblings())
             module = root.get_submodule(module_name)
             slot = slot_of(module)
             if slot is None:
@@ -201,6 +198,20 @@ def put(
             activate(root, state, previous_active)
         raise
     return adapter
+
+
+def _introduce(parts: Mapping[str, LayerAdapter]) -> None:
+    """Tells neighbouring layers of each other, so that they can share products."""
+    groups: dict[tuple[str, int], list[LayerAdapter]] = {}
+    for module_name, part in parts.items():
+        if part.info.fresh_output:
+            neighbours = (module_name.rpartition(".")[0], part.info.d_in)
+            groups.setdefault(neighbours, []).append(part)
+    for members in groups.values():
+        siblings = Siblings()
+        siblings.expect([m for m in members if "reader" in roles_of(m.info, None)])
+        for member in members:
+            member.siblings = siblings
 
 
 def _ours(parameter_name: str) -> bool:

@@ -57,9 +57,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def dropout_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     """A random mask of the elements to keep, and the probability of keeping.
 
-    On CPU the mask comes from 16 bits of PyTorch's generator an element, compared with a
-    threshold: a fifth of the time of ``bernoulli_``. The probability is therefore a
-    multiple of 2⁻¹⁶; the one really used is returned, so that the expectation is exact.
+    On CPU the mask comes from one byte of PyTorch's generator an element, compared with a
+    threshold: a tenth of the time of ``bernoulli_``. Within one call the probability is
+    therefore a multiple of 1/256, drawn such that over the calls its mean is ``p``; the
+    one really used is returned, so that the expectation of the product is exact.
 
     Returns:
         int8 mask of x's shape with ones where the element is kept, and the probability.
@@ -67,11 +68,12 @@ def dropout_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     if x.device.type != "cpu":
         keep = 1.0 - p
         return torch.empty(x.shape, dtype=torch.int8, device=x.device).bernoulli_(keep), keep
-    dropped = min(round(p * 65536), 65535)
+    below, rest = divmod(p * 256, 1)
+    dropped = min(int(below) + int(rest > 0 and float(torch.rand(())) < rest), 255)
     count = x.numel()
-    bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    kept = bits.view(torch.int16)[:count] >= dropped - 32768
-    return kept.view(torch.int8).view(x.shape), 1.0 - dropped / 65536
+    bits = torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+    kept = bits.view(torch.int8)[:count] >= dropped - 128
+    return kept.view(torch.int8).view(x.shape), 1.0 - dropped / 256
 
 
 #: Elements of a tensor below which plain operations are faster on CPU: the functions below
@@ -239,9 +241,11 @@ def add_product(y: Tensor, h: Tensor, b: Tensor, s: float, owned: bool) -> Tenso
 class Siblings:
     """Adapters of neighbouring layers, some of which are fed the same tensor (q, k, v).
 
-    Which ones are is not declared but seen: where a layer is called with the very tensor
-    object that a neighbour was just called with, the neighbour remembers, and the next
-    time computes the product for both. A guess that proves wrong is forgotten.
+    Which ones are is at first a guess from their names, and then seen: where a layer is
+    called with the very tensor object that a neighbour was just called with, the neighbour
+    remembers, and the next time computes the product for both. A guess that proves wrong is
+    forgotten. With dropout, those who share the product share the mask, as in the reference
+    code of LoRA for fused q, k, v.
 
     What waits is used only while it is what the follower would compute itself: on the same
     values of x and A, in a graph that no backward pass has gone through, in the same thread.
@@ -250,6 +254,14 @@ class Siblings:
     def __init__(self) -> None:
         self._followers: dict[Any, list[Any]] = {}
         self._local = threading.local()
+
+    def expect(self, members: Sequence[Any]) -> None:
+        """Guesses that all of them are fed the same tensor, the first one first.
+
+        Without it the first step would be computed otherwise than the second, so that a
+        run that is resumed would differ in the last digits from one that was not.
+        """
+        self._followers = {members[0]: list(members[1:])} if members else {}
 
     @property
     def _shared(self) -> _Shared:
@@ -356,7 +368,7 @@ def down(
     # If x has no gradient (the first layer) it does not pass through the function: A
     # would make it require one, and the base layer would compute it for nothing.
     through = x.requires_grad
-    share = siblings is not None and owned and not dropout and not _recomputed()
+    share = siblings is not None and owned and not _recomputed()
     found = siblings.take(member, x) if share and siblings is not None else None
     if found is not None:
         return found

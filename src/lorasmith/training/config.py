@@ -32,7 +32,7 @@ class AdapterOptions:
     """Which adapter to train. What is left out takes the variant's default."""
 
     variant: str = "lora"
-    """Adapter family: lora, dora, ia3, ia3-ff, or one that was registered."""
+    """Adapter family: lora, dora, ia3, ia3_ff, or one that was registered."""
 
     r: int | None = None
     """Rank of the update."""
@@ -113,9 +113,12 @@ class AdapterOptions:
                 value.
         """
         import lorasmith.adapters  # noqa: F401 - registers the variants
-        from lorasmith.core.registry import get_variant
+        from lorasmith.core.registry import get_variant, variants
 
-        kind = get_variant(self.variant).config_class
+        # On a command line dashes are at home, in Python names underscores.
+        same = self.variant.replace("-", "_")
+        known = self.variant not in variants() and same in variants()
+        kind = get_variant(same if known else self.variant).config_class
         fields = {f.name: f for f in dataclasses.fields(kind)}
         given = self.given
         for name in given:

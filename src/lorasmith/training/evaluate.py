@@ -270,7 +270,8 @@ def _write_completions(
     progress: Progress | None,
 ) -> tuple[Example, ...]:
     spans = [_last_answer(labels) for _, labels in pairs]
-    asked = [i for i, (start, end) in enumerate(spans) if 0 < start < end]
+    # Plain text is supervised from its second token on, since nothing predicts the first.
+    asked = [i for i, (start, end) in enumerate(spans) if 1 < start < end]
     if not asked:
         return ()
     if max_new_tokens is None:

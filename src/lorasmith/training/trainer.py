@@ -286,10 +286,10 @@ def train(
             # On failure a model that belongs to the caller must be as it was.
             failed.callback(_detach_quietly, model, adapter.name)
         collate, packing = _collator(config, model, tokenizer)
+        stack.enter_context(_restored(model))
         trainer = _AdapterTrainer(
             config, model, adapter, rows, eval_rows, collate, packing, before, progress
         )
-        stack.enter_context(_restored(model))
         stack.enter_context(contiguous_head_input(model))
         stack.enter_context(_GradientCheckpointing(model, config.gradient_checkpointing))
         result = trainer.run(checkpoint)
@@ -584,7 +584,7 @@ class _AdapterTrainer(Trainer):
         self.rows, self.eval_rows = rows, eval_rows
         self.packing = packing
         self.before = before
-        self.tokens = before.tokens
+        self.tokens_here = 0  # of this process, since it began
         self.eval_seconds = before.eval_seconds
         self.best = before.best
         self.evaluations_since_best = before.evaluations_since_best
@@ -641,7 +641,7 @@ class _AdapterTrainer(Trainer):
     ) -> Any:
         """The loss at supervised positions, a share of the whole step's mean."""
         inputs = dict(inputs)
-        self.tokens += int(inputs.pop(_TOKENS, 0)) * self.args.world_size
+        self.tokens_here += int(inputs.pop(_TOKENS, 0))
         loss = model_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # Gradients are averaged over processes, the number of tokens is their sum.
@@ -774,13 +774,14 @@ class _AdapterTrainer(Trainer):
         step = self.state.global_step
         output = self.run_config.output
         partial = checkpoints.partial_path(output, step)
+        tokens = self._all_tokens()
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
             self._save_adapter(partial)
             _save_tensors(self.adapter.state_dict(), partial / ADAPTER_STATE)
             if self.best_state is not None:
                 _save_tensors(self.best_state, partial / BEST_STATE)
-            checkpoints.write_json(partial / RUN_STATE, self._run_state())
+            checkpoints.write_json(partial / RUN_STATE, self._run_state(tokens))
             self.state.save_to_json(str(partial / "trainer_state.json"))
         self.accelerator.wait_for_everyone()
         self._save_optimizer_and_scheduler(str(partial))
@@ -792,12 +793,17 @@ class _AdapterTrainer(Trainer):
             checkpoints.rotate(output, self.run_config.save_total_limit)
         self.accelerator.wait_for_everyone()
 
-    def _run_state(self) -> dict[str, Any]:
+    def _all_tokens(self) -> int:
+        """Tokens seen by all processes; all of them must ask."""
+        here = torch.tensor([self.tokens_here], device=self.args.device)
+        return self.before.tokens + int(self.accelerator.reduce(here, "sum").item())
+
+    def _run_state(self, tokens: int) -> dict[str, Any]:
         return {
             "format": 1,
             "config": self.run_config.to_dict(),
             "rows": self.rows_digest,
-            "tokens": self.tokens,
+            "tokens": tokens,
             "seconds": self.seconds,
             "eval_seconds": self.eval_seconds,
             "best": None if self.best is None else list(self.best),
@@ -908,7 +914,7 @@ class _AdapterTrainer(Trainer):
         kept = self.best if self.best_state is not None and status != "interrupted" else None
         eval_loss = evaluations[-1].loss if evaluations else None
         found = checkpoints.list_checkpoints(self.run_config.output)
-        seconds = self.seconds
+        seconds, tokens = self.seconds, self._all_tokens()
         parameters = list(self.base.parameters())
         base = next(p for p in parameters if not p.requires_grad) if parameters else None
         return TrainResult(
@@ -924,9 +930,9 @@ class _AdapterTrainer(Trainer):
             eval_loss=eval_loss if kept is None else kept[1],
             best_step=None if kept is None else kept[0],
             rows=len(self.rows),
-            tokens=self.tokens,
+            tokens=tokens,
             seconds=seconds,
-            tokens_per_second=self.tokens / max(seconds - self.eval_seconds, 1e-9),
+            tokens_per_second=tokens / max(seconds - self.eval_seconds, 1e-9),
             peak_memory_bytes=peak_memory_bytes(self.args.device),
             trainable_parameters=self.adapter.num_parameters(),
             total_parameters=sum(p.numel() for p in parameters),
@@ -1110,7 +1116,11 @@ class _Watch(TrainerCallback):
             # All processes must stop after the same step.
             flag = torch.tensor([float(stop)], device=args.device)
             stop = bool(self.trainer.accelerator.reduce(flag, "sum").item() > 0)
-        if stop and state.global_step < state.max_steps:
+        at_end = state.global_step >= state.max_steps
+        if at_end and (args.save_strategy == "no" or state.global_step % args.save_steps):
+            # Trainer saves at the end of every run; here the adapter itself is saved then.
+            control.should_save = False
+        if stop and not at_end:
             if self.trainer.stop.received is None:  # it came to another process only
                 self.trainer.stop.received = signal.SIGTERM
             self.trainer.stop.honoured = True
