@@ -170,3 +170,30 @@ def test_an_adapter_fused_inside_a_block_acts_once() -> None:
     with ls.use(model, None):
         ls.fuse(model, "default")
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_detach_can_leave_the_adapter_in_the_weights() -> None:
+    model = mlp()
+    adapter = ls.attach(model, ls.LoRAConfig(r=2))
+    randomise(adapter.parameters())
+    x = torch.randn(3, next(iter(adapter.layers().values())).info.d_in)
+    wanted = model(x)
+    ls.fuse(model, keep_original=False)
+    with pytest.raises(ls.LorasmithError, match="keep_fused=True"):
+        ls.detach(model)
+    ls.detach(model, keep_fused=True)
+    assert not ls.attached(model)
+    torch.testing.assert_close(model(x), wanted)
+    assert "lorasmith" not in str(model)
+
+
+def test_detach_with_keep_fused_writes_the_trained_modules() -> None:
+    model = mlp()
+    name = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
+    adapter = ls.attach(model, ls.LoRAConfig(r=2, modules_to_save=[name]))
+    randomise(adapter.parameters())
+    x = torch.randn(3, next(iter(adapter.layers().values())).info.d_in)
+    wanted = model(x)
+    ls.fuse(model)
+    ls.detach(model, keep_fused=True)
+    torch.testing.assert_close(model(x), wanted)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,13 @@ import torch
 import torch.nn.functional as F
 
 import lorasmith as ls
-from lorasmith.errors import ConfigError, LorasmithError, NonFiniteLossError, TrainingError
+from lorasmith.errors import (
+    ConfigError,
+    LorasmithError,
+    MissingDependencyError,
+    NonFiniteLossError,
+    TrainingError,
+)
 from lorasmith.training import checkpoints, loss, trainer
 from lorasmith.training.config import AdapterOptions, TrainConfig
 from lorasmith.training.data import load_rows, tokenise
@@ -276,22 +283,36 @@ def test_checkpoints_hold_the_adapter_only(run: Run, base: Path) -> None:
     assert checkpoints.defect(found[0]) is None
 
 
-@pytest.mark.parametrize(
-    "damage",
-    ["truncate", "flip", "no-manifest", "no-optimizer", "no-scheduler", "no-rng", "no-adapter"],
-)
 def test_a_damaged_checkpoint_is_skipped_with_a_message(
-    run: Run, damage: str, caplog: pytest.LogCaptureFixture
+    run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = run("whole", steps=6)
     run("out", steps=6, save_steps=2)
-    newest = run.folder / "out" / "checkpoint-6"
-    _damage(newest, damage)
-    with caplog.at_level(logging.WARNING, "lorasmith"):
-        resumed = run("out", steps=6, save_steps=2, resume="last")
-    assert "Skipping" in caplog.text
-    assert "checkpoint-6" in caplog.text
+    output = run.folder / "out"
+    newest, older = checkpoints.list_checkpoints(output)
+    assert (newest.name, older.name) == ("checkpoint-6", "checkpoint-4")
+    kept = shutil.copytree(newest, run.folder / "kept")
+    for damage in (*_MISSING, "flip", "truncate"):
+        shutil.rmtree(newest)
+        shutil.copytree(kept, newest)
+        assert checkpoints.choose_checkpoint("last", output) == newest.resolve()
+        _damage(newest, damage)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "lorasmith"):
+            assert checkpoints.choose_checkpoint("last", output) == older.resolve()
+        assert "Skipping" in caplog.text, damage
+        assert "checkpoint-6" in caplog.text
+    resumed = run("out", steps=6, save_steps=2, resume="last")
     assert _losses(resumed) == _losses(whole)
+
+
+_MISSING = {
+    "no-manifest": "manifest.json",
+    "no-optimizer": "optimizer.pt",
+    "no-scheduler": "scheduler.pt",
+    "no-rng": "rng_state.pth",
+    "no-adapter": "adapter_model.safetensors",
+}
 
 
 def _damage(path: Path, how: str) -> None:
@@ -302,14 +323,7 @@ def _damage(path: Path, how: str) -> None:
     elif how == "flip":
         state.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     else:
-        name = {
-            "no-manifest": "manifest.json",
-            "no-optimizer": "optimizer.pt",
-            "no-scheduler": "scheduler.pt",
-            "no-rng": "rng_state.pth",
-            "no-adapter": "adapter_model.safetensors",
-        }[how]
-        (path / name).unlink()
+        (path / _MISSING[how]).unlink()
 
 
 def test_no_silent_restart(run: Run) -> None:
@@ -380,6 +394,17 @@ def test_mistakes_show_before_the_model_is_loaded(
         run(adapter=AdapterOptions(variant="ia3", r=3))
     with pytest.raises(LorasmithError):
         run(device="cuda:99")
+
+
+def test_a_tracker_that_is_not_installed(run: Run) -> None:
+    import importlib.util
+
+    missing = [n for n in ("wandb", "tensorboard", "mlflow") if not importlib.util.find_spec(n)]
+    if not missing:
+        pytest.skip("every tracker is installed")
+    with pytest.raises(MissingDependencyError) as caught:
+        run(report_to=(missing[0],))
+    assert caught.value.key == "report_to"
 
 
 # -- early stopping ----------------------------------------------------------------------------

@@ -52,6 +52,8 @@ __all__ = ["DoRA", "DoRAConfig"]
 #: Below this share of ‖W_i‖², c_i² has lost two of float32's seven digits.
 _CANCELLED = 0.01
 _FLOOR = 1e-6
+#: Elements of W that are widened at a time: on a device, and on CPU (what its cache holds).
+_BLOCK = (2**24, 2**17)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ def factored_squared_norms(
 
     Args:
         squared: ‖W_i‖² [d_out].
-        weight: W [d_out, d_in].
+        weight: W [d_out, d_in], in any floating dtype.
         A: [r, d_in].
         B: [d_out, r].
         s: Scaling.
@@ -76,8 +78,16 @@ def factored_squared_norms(
     Returns:
         [d_out], in the dtype of A; may be slightly negative where it cancels.
     """
-    inner = torch.mm(weight, A.T).mul_(2 * s).addmm_(B, A @ A.T, alpha=s * s)
+    inner = _wide_product(weight, A).mul_(2 * s).addmm_(B, A @ A.T, alpha=s * s)
     return squared + (B * inner).sum(dim=1)
+
+
+def _wide_product(weight: Tensor, A: Tensor) -> Tensor:
+    """W Aᵀ [d_out, r] in the dtype of A; a 16-bit W is widened block by block, never whole."""
+    if weight.dtype == A.dtype or torch.compiler.is_compiling():
+        return torch.mm(weight.to(A.dtype), A.T)
+    rows = max(1, _BLOCK[weight.device.type == "cpu"] // weight.shape[1])
+    return torch.cat([torch.mm(part.to(A.dtype), A.T) for part in torch.split(weight, rows)])
 
 
 class _Rescale(torch.autograd.Function):
@@ -203,13 +213,12 @@ class DoRA(LoRA):
             return norms
         with torch.no_grad(), _no_autocast(weight):
             squared = self._squared(weight, cache, compiling)
-            wide = weight.to(A.dtype)
             s = scaling(state)
-            sums = factored_squared_norms(squared, wide, A, B, s)
+            sums = factored_squared_norms(squared, weight, A, B, s)
             if not compiling and sums.device.type == "cpu":
                 short = sums < _CANCELLED * squared
                 if bool(short.any()):
-                    rows = wide[short].addmm(B[short], A, alpha=s)
+                    rows = weight[short].to(A.dtype).addmm_(B[short], A, alpha=s)
                     sums[short] = rows.square().sum(dim=1)
             else:
                 sums = torch.maximum(sums, _FLOOR * squared)

@@ -31,7 +31,7 @@ def demo(
     data: str = "builtin:dates-en",
     variant: str = "lora",
     r: int = 16,
-    steps: int = 40,
+    steps: int = 32,
     batch_size: int = 16,
     lr: float = 1e-3,
     rows: int = 100,
@@ -162,7 +162,7 @@ class _Found:
 
     def show(self, console: Console) -> None:
         """The tables on a terminal."""
-        table = Table("held-out dates", "before", "after", title="Before and after")
+        table = Table("held-out rows", "before", "after", title="Before and after")
         for row in self.rows():
             table.add_row(*row)
         console.print(table)
@@ -247,6 +247,10 @@ class _Demo:
         return found
 
 
+#: Rows of the report's table of examples.
+_SHOWN = 20
+
+
 def write_demo_report(found: _Found, path: Path) -> None:
     """The demo's report.html."""
     from lorasmith.web import Card, Cell, Column, Figure, Note, Section, loss_figure, write_report
@@ -271,9 +275,11 @@ def write_demo_report(found: _Found, path: Path) -> None:
                 Cell(one.got, "good" if one.match else "bad"),
                 Cell(two.got, "good" if two.match else "bad"),
             )
-            for asked, one, two in found.examples()
+            for asked, one, two in found.examples()[:_SHOWN]
         ),
-        caption="Held-out rows, written greedily. A row counts only if the whole text is equal.",
+        caption=f"The first {min(_SHOWN, after.generated)} of {after.generated} held-out rows, written "
+        "greedily. A row counts only if the whole text is equal, so writing is cut off a few "
+        "tokens behind the length of the longest expected text.",
     )
     figures = HtmlTable(
         "Before and after",
@@ -327,8 +333,12 @@ def write_demo_report(found: _Found, path: Path) -> None:
             Section(
                 "Result",
                 (figures, examples),
-                intro="The same rows before and after training. None of their dates is in the "
-                "training set.",
+                intro="The same rows of the test split before and after training."
+                + (
+                    " None of their dates or numbers is in the training split."
+                    if found.config.data.startswith("builtin:")
+                    else ""
+                ),
             ),
             Section(
                 "Training",

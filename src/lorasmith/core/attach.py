@@ -240,12 +240,19 @@ def _remove(root: nn.Module, name: str) -> None:
             hooks.uninstall_saved(module)
 
 
-def detach(model: nn.Module, name: str | None = None) -> None:
+def detach(model: nn.Module, name: str | None = None, *, keep_fused: bool = False) -> None:
     """Takes an adapter, or with ``None`` all of them, off a model.
 
     The base model is left bit for bit as it was before: weights (an adapter that is
     fused is unfused first), hooks, ``requires_grad`` flags. If the active adapter goes
     and others stay, none is active until :func:`use` says so.
+
+    Args:
+        model: The model.
+        name: Which adapter; all of them by default.
+        keep_fused: Whether an adapter that is fused stays in the weights, for good, and what
+            ``modules_to_save`` has trained is written into its modules: the result is a
+            plain model that acts like the adapted one.
 
     Raises:
         UnknownNameError: If there is no adapter of that name.
@@ -253,8 +260,12 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     """
     root = unwrap(model)
     names = list(attached(root)) if name is None else [get_adapter(root, name).name]
-    if fused_name(root) in names:
-        unfuse(root)
+    fused = fused_name(root)
+    if fused is not None and fused in names:
+        if keep_fused:
+            _write_copies(root, fused)
+        else:
+            unfuse(root)
     state = state_of(root)
     if state is None:
         return
@@ -266,6 +277,17 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if not state.configs:
         _restore_flags(root, state)
         set_state(root, None)
+
+
+def _write_copies(root: nn.Module, name: str) -> None:
+    with torch.no_grad():
+        for _, module, saved in saved_modules(root):
+            made = saved.get(name)
+            if made is None:
+                continue
+            mine = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            for key, value in (*made.named_parameters(), *made.named_buffers()):
+                mine[key].copy_(value)
 
 
 class _Use:

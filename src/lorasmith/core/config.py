@@ -186,6 +186,13 @@ class LowRankConfig(AdapterConfig):
         super().__post_init__()
         _positive_int(self.r, "r")
         _finite_number(self.alpha, "alpha")
+        if self.alpha == 0:
+            raise ConfigError(
+                "alpha is 0, so that the adapter would do nothing and learn nothing.",
+                expected="a positive number",
+                got=self.alpha,
+                key="alpha",
+            )
         _finite_number(self.dropout, "dropout")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(

@@ -217,7 +217,7 @@ def unfuse(model: nn.Module) -> None:
     if any(not slot.originals for _, slot in work):
         raise FuseError(
             f"The adapter {name!r} was fused with keep_original=False.",
-            fix="load the base model again",
+            fix="detach(model, keep_fused=True) leaves it in; or load the base model again",
         )
     with torch.no_grad():
         for module, slot in work:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from importlib.metadata import entry_points
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Any
 
@@ -54,13 +55,29 @@ def register(variant: Variant, *, replace: bool = False) -> Variant:
 def variants() -> Mapping[str, Variant]:
     """All registered variants by name, those of installed packages included (read-only)."""
     global _entry_points_read
+    import_module("lorasmith.adapters")  # ours register themselves when imported
     if not _entry_points_read:
-        _entry_points_read = True
         for entry in entry_points(group="lorasmith.variants"):
             if entry.name not in _VARIANTS:
-                loaded = entry.load()
-                register(loaded() if isinstance(loaded, type) else loaded)
+                _register_entry(entry)
+        _entry_points_read = True
     return MappingProxyType(_VARIANTS)
+
+
+def _register_entry(entry: EntryPoint) -> None:
+    """Registers the variant that an installed package names."""
+    try:
+        loaded = entry.load()
+        register(loaded() if isinstance(loaded, type) else loaded)
+    except Exception as error:
+        raise ConfigError(
+            f"The variant {entry.name!r} of an installed package cannot be used: {error}",
+            expected="the entry point of a lorasmith.Variant",
+            got=entry.value,
+            fix="repair or uninstall "
+            + (entry.dist.name if entry.dist is not None else "the package that names it"),
+            key=f"lorasmith.variants:{entry.name}",
+        ) from error
 
 
 def get_variant(name: str) -> Variant:
