@@ -277,8 +277,8 @@ def write_demo_report(found: _Found, path: Path) -> None:
             )
             for asked, one, two in found.examples()[:_SHOWN]
         ),
-        caption=f"The first {min(_SHOWN, after.generated)} of {after.generated} held-out rows, written "
-        "greedily. A row counts only if the whole text is equal, so writing is cut off a few "
+        caption=f"The first {min(_SHOWN, after.generated)} of {after.generated} held-out rows, "
+        "written greedily. A row counts only if the whole text is equal, so writing stops a few "
         "tokens behind the length of the longest expected text.",
     )
     figures = HtmlTable(

@@ -617,7 +617,7 @@ def _loss_at_labels(
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs["input"]
         seen.append((hidden, _autocast_dtype(hidden.device)))
-        last = hidden[..., -1:, :]
+        last = hidden[..., -1:, :].contiguous()
         if verify:
             last = torch.cat([last * factor for factor in _PROBE_SCALES], dim=-2)
         return (last, *args[1:]) if args else args, kwargs if args else {**kwargs, "input": last}
