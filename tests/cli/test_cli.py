@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -335,6 +336,33 @@ def test_info_of_an_adapter(call: Any, adapter: Path, base: Path) -> None:
     training = json.loads((adapter / "training.json").read_text())
     assert found["parameters"] == training["trainable_parameters"]
     assert "q_proj" in call("info", adapter).out
+
+
+def test_info_of_a_directory_with_adapters_in_it(call: Any, adapter: Path, tmp_path: Path) -> None:
+    # PEFT keeps adapters that are not named "default" in subdirectories.
+    shutil.copytree(adapter, tmp_path / "mine")
+    found = call("info", tmp_path, "--json").json
+    assert (found["kind"], found["path"]) == ("adapter", str(tmp_path / "mine"))
+    assert found["bytes"] > 0
+    shutil.copytree(adapter, tmp_path / "other")
+    assert str(tmp_path / "mine") in call("info", tmp_path, "--json").json["error"]["fix"]
+
+
+def test_an_adapter_of_the_hub(
+    call: Any, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    def download(repository: str, **_: Any) -> str:
+        asked.append(repository)
+        return str(adapter)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    arguments = ("generate", base, "hello", "--device", "cpu", "--max-new-tokens", "2", "--json")
+    assert call(*arguments, "-a", "someone/adapter").json["adapter"] == "someone/adapter"
+    assert asked == ["someone/adapter"]
 
 
 @pytest.mark.parametrize("command", ["info", "generate", "eval"])

@@ -94,6 +94,53 @@ def test_one_wrong_name_among_several_is_an_error() -> None:
     assert caught.value.got == "a module that is not linear-like"
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("exclude", ("q_porj",), "'q_proj'"),
+        ("exclude", ("self_attn",), "not by its parent"),
+        ("rank_pattern", {"q_prj": 2}, "'q_proj'"),
+        ("alpha_pattern", {"layers.7.mlp.up_proj": 2.0}, "does nothing"),
+    ],
+)
+def test_what_excludes_or_changes_nothing_is_named(field: str, value: Any, said: str) -> None:
+    with pytest.warns(UserWarning, match=f"{field} names .*{said}"):
+        ls.attach(llama(), ls.LoRAConfig(r=1, **{field: value}))
+
+
+def test_what_excludes_or_changes_something_is_not() -> None:
+    ls.attach(
+        llama(),
+        ls.LoRAConfig(
+            r=1,
+            targets="attention",
+            exclude=("lm_head", "k_proj"),
+            rank_pattern={"up_proj": 2, r"layers\.\d+\.self_attn\.q_proj": 3},
+            alpha_pattern={"v_proj": 2.0},
+        ),
+    )
+
+
+def test_experts_without_adapter_are_not_passed_over_in_silence() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=2,
+        )
+    )
+    with pytest.warns(UserWarning, match="down_proj, gate_up_proj.* get no adapter"):
+        names = chosen(model, "all-linear")
+    assert leaves(names) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert chosen(model, "attention") == names
+
+
 def test_nothing_left_and_nothing_there() -> None:
     with pytest.raises(TargetError, match="No layer is left"):
         chosen(llama(), "q_proj", exclude="q_proj")

@@ -22,7 +22,9 @@ hf_peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings(
     # PEFT 0.21.2 asks Transformers 5 for an attribute that has another name now.
-    "ignore:.*is_gradient_checkpointing.*:FutureWarning"
+    "ignore:.*is_gradient_checkpointing.*:FutureWarning",
+    # One configuration for all architectures.
+    "ignore:(rank|alpha)_pattern names .* does nothing:UserWarning",
 )
 
 OURS = {
@@ -339,6 +341,28 @@ def test_an_adapter_on_the_head_itself_opens_in_peft(tmp_path: Path) -> None:
     want = support.logits(model)
     ls.save(model, tmp_path / "a")
     assert torch.allclose(_peft_logits(support.distilbert(), tmp_path / "a"), want, atol=1e-5)
+
+
+def test_the_heads_own_weight_that_peft_writes_beside_it(tmp_path: Path) -> None:
+    make = support.MODELS["llama"]
+    model = hf_peft.get_peft_model(make(), hf_peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    wanted = support.logits(model.eval())
+    # Our base is tied; PEFT says that it saves the embedding since the head is a target.
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    assert any("base_layer" in key for key in ls.read_adapter(tmp_path / "a").unexpected)
+    loaded = make()
+    ls.load(loaded, tmp_path / "a")
+    torch.testing.assert_close(support.logits(loaded), wanted, rtol=0, atol=1e-5)
+
+    other = make()
+    with torch.no_grad():
+        other.get_submodule("lm_head").get_parameter("weight")[0, 0] += 1
+    with pytest.raises(AdapterFileError, match="with other values"):
+        ls.load(other, tmp_path / "a")
 
 
 def test_what_peft_cannot_tell_apart_is_said(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def evaluate(
     model: str,
     data: str,
     *,
-    adapter: Annotated[Path | None, Parameter(alias="-a")] = None,
+    adapter: Annotated[str | None, Parameter(alias="-a")] = None,
     split: str | None = None,
     limit: int | None = None,
     exact_match: bool = True,
@@ -42,7 +42,7 @@ def evaluate(
     data
         Rows: a jsonl, json, csv, tsv, parquet or txt file, a hub id, or builtin:NAME.
     adapter
-        Directory of an adapter to use.
+        Adapter to use: a directory or a hub id.
     split
         Split of DATA; default: test for hub ids and builtin:NAME, all rows of a file.
     limit
@@ -95,7 +95,7 @@ def evaluate(
             )
         payload = {
             "model": model,
-            "adapter": None if adapter is None else str(adapter),
+            "adapter": adapter,
             "data": data,
             **report.to_dict(examples=show),
         }
@@ -134,7 +134,7 @@ def load_eval_rows(data: str, split: str | None, limit: int | None) -> Any:
 
 
 def load_with_adapter(
-    model: str, adapter: Path | None, *, allow_base_mismatch: bool, **settings: Any
+    model: str, adapter: str | None, *, allow_base_mismatch: bool, **settings: Any
 ) -> tuple[Any, Any]:
     """The base model with an adapter on it, if one is given, and its tokenizer."""
     from lorasmith.training.models import load_model
@@ -143,5 +143,5 @@ def load_with_adapter(
     if adapter is not None:
         import lorasmith as ls
 
-        ls.load(base, adapter.expanduser(), allow_base_mismatch=allow_base_mismatch)
+        ls.load(base, adapter, allow_base_mismatch=allow_base_mismatch)
     return base, tokenizer

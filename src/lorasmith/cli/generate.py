@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
@@ -19,7 +18,7 @@ def generate(
     model: str,
     prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
     *,
-    adapter: Annotated[Path | None, Parameter(alias="-a")] = None,
+    adapter: Annotated[str | None, Parameter(alias="-a")] = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -42,7 +41,7 @@ def generate(
     prompt
         What to answer; - reads it from standard input.
     adapter
-        Directory of an adapter to use.
+        Adapter to use: a directory or a hub id.
     max_new_tokens
         Longest answer, in tokens.
     temperature
@@ -102,7 +101,7 @@ def generate(
             show("\n")
         payload = {
             "model": model,
-            "adapter": None if adapter is None else str(adapter),
+            "adapter": adapter,
             "prompt": text,
             "text": answer,
             "seconds": seconds,

@@ -33,7 +33,7 @@ def info(
     """
     with session(common):
         path = Path(name).expanduser()
-        if (path / "adapter_config.json").is_file():
+        if _holds_adapter(path):
             found = adapter_info(path)
         else:
             found = model_info(name, revision=revision, trust_remote_code=trust_remote_code)
@@ -43,6 +43,13 @@ def info(
 
         emit(common, found, render)
     return 0
+
+
+def _holds_adapter(path: Path) -> bool:
+    """Whether it is an adapter's directory, or has adapters in its subdirectories."""
+    if (path / "adapter_config.json").is_file():
+        return True
+    return not (path / "config.json").is_file() and any(path.glob("*/adapter_config.json"))
 
 
 def shown(value: Any) -> str | None:
@@ -114,12 +121,13 @@ def adapter_info(path: Path) -> dict[str, Any]:
     import lorasmith as ls
 
     weights = ls.read_adapter(path)
+    folder = weights.path or path
     config = weights.config.to_dict()
     fingerprint = weights.base.fingerprint
     leaves = Counter(name.rpartition(".")[2] for name in weights.modules)
     found: dict[str, Any] = {
         "kind": "adapter",
-        "path": str(path),
+        "path": str(folder),
         "variant": config.pop("variant"),
         "peft_type": weights.peft.get("peft_type"),
         "parameters": weights.num_parameters,
@@ -131,7 +139,7 @@ def adapter_info(path: Path) -> dict[str, Any]:
         "modules_to_save": sorted(weights.saved_modules),
         "config": {k: v for k, v in config.items() if k not in ("targets", "modules_to_save")},
         "targets": config.get("targets"),
-        "bytes": sum(f.stat().st_size for f in path.glob("*.safetensors")),
+        "bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
     }
     if "r" in config:
         ranks = Counter(f.A.shape[0] for f in weights.factors.values())

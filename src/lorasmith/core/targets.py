@@ -12,14 +12,15 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from lorasmith.core.config import AdapterConfig
+from lorasmith.core.config import AdapterConfig, LowRankConfig
 from lorasmith.core.layers import LayerInfo, describe
-from lorasmith.core.patterns import matches_name, matches_regex
+from lorasmith.core.patterns import first_matching_key, matches_name, matches_regex
 from lorasmith.core.state import SAVED, SLOT
 from lorasmith.errors import TargetError
 
@@ -197,7 +198,55 @@ def select(model: nn.Module, config: AdapterConfig) -> list[Candidate]:
             f"layers={config.layers} or modules_to_save={config.modules_to_save}",
             fix="loosen exclude or layers",
         )
+    _warn_of_the_unused(pool, config)
+    if "all-linear" in config.target_list:
+        _warn_of_experts(model)
     return result
+
+
+def _warn_of_the_unused(pool: Sequence[Candidate], config: AdapterConfig) -> None:
+    """Names the entries of ``exclude`` and of the patterns that no layer of the model has.
+
+    A warning only: unlike a target, such an entry is harmless where one configuration serves
+    several models.
+    """
+    names = [c.info.name for c in pool]
+    unused = [("exclude", t) for t in config.exclude if not any(_matches(c, t) for c in pool)]
+    if isinstance(config, LowRankConfig):
+        for field in ("rank_pattern", "alpha_pattern"):
+            unused += [
+                (field, key)
+                for key in getattr(config, field)
+                if not any(first_matching_key((key,), name) for name in names)
+            ]
+    for field, entry in unused:
+        near = difflib.get_close_matches(entry, {n.rpartition(".")[2] for n in names}, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "correct it, or leave it out"
+        warnings.warn(
+            f"{field} names {entry!r}, which matches no layer of this model, and does nothing "
+            f"({hint}). A layer is matched by its whole name or its end, not by its parent.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_of_experts(model: nn.Module) -> None:
+    """Says that experts kept in one three-dimensional parameter get no adapter."""
+    left = sorted(
+        {
+            name.rpartition(".")[2]
+            for name, parameter in model.named_parameters()
+            if parameter.ndim == 3 and ".experts." in f".{name}"
+        }
+    )
+    if left:
+        warnings.warn(
+            f"The experts of {type(model).__name__} ({', '.join(left)}) are three-dimensional "
+            "parameters, not layers, and get no adapter; the other linear layers do. Name the "
+            'layers you want, e.g. targets="attention", to make this warning go away.',
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _inside(name: str, module: str) -> bool:

@@ -336,22 +336,38 @@ def _default_name(root: nn.Module, given: Path, found: Path) -> str:
 
 
 def _refuse_unexpected(root: nn.Module, weights: AdapterWeights, file: Path) -> None:
-    if not weights.unexpected:
+    # PEFT writes embeddings and the head of the base beside adapters that target them.
+    own = dict(root.named_parameters(remove_duplicate=False))
+    unexpected = [k for k in weights.unexpected if not _is_copy(own, weights, k)]
+    if not unexpected:
         return
-    key = weights.unexpected[0]
-    own = {name for name, _ in root.named_parameters()}
+    key = unexpected[0]
     reason = (
-        "it is a weight of the base model, which PEFT would overwrite"
-        if key in own
+        "it is a weight of the base model with other values, which PEFT would overwrite"
+        if _base_key(key) in own
         else reason_for(key)
     )
     raise AdapterFileError(
         f"The file holds a tensor that the adapter does not use: {reason}.",
         file=file,
         key=key,
-        got=f"{len(weights.unexpected)} such tensors",
+        got=f"{len(unexpected)} such tensors",
         fix="load it with PEFT; lorasmith.read_adapter shows such tensors in .extras",
     )
+
+
+def _base_key(key: str) -> str:
+    """The base model's name of a tensor that PEFT names by its wrapper."""
+    return key.replace(".base_layer.", ".")
+
+
+def _is_copy(own: Mapping[str, Tensor], weights: AdapterWeights, key: str) -> bool:
+    """Whether a tensor of the file is the base model's own value, so that it changes nothing."""
+    mine = own.get(_base_key(key))
+    if mine is None or mine.is_meta:
+        return False
+    value = weights.tensors[f"{peft.PREFIX}{key}"].to(mine.device)
+    return value.shape == mine.shape and torch.equal(mine.detach().to(value.dtype), value)
 
 
 def _check_base(root: nn.Module, weights: AdapterWeights, allow: bool) -> None:

@@ -47,7 +47,12 @@ def locate(path: str | os.PathLike[str]) -> Path:
         if isinstance(path, str) and _HUB_ID.fullmatch(text):
             folder = _download(text)
         else:
-            raise AdapterFileError("There is no such adapter.", file=folder, expected="a directory")
+            raise AdapterFileError(
+                "There is no such adapter.",
+                file=folder,
+                expected=f"a directory that holds {peft.CONFIG}, or a hub id owner/name",
+                fix="check the path",
+            )
     if not folder.is_dir():
         raise AdapterFileError(
             "An adapter is a directory, and this is a file.",
