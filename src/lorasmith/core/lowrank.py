@@ -363,8 +363,8 @@ def down(
     # saves is its input.
     kept = x.to(compute_dtype(x))
     if not fast(x):
-        h = F.linear(_plain_dropout(kept, dropout) if dropout else kept, _rows((A, A0), kept.dtype))
-        return x, h
+        rows = _rows((A, A0), kept.dtype)
+        return x, _dropped_linear(kept, rows, dropout) if dropout else F.linear(kept, rows)
     # If x has no gradient (the first layer) it does not pass through the function: A
     # would make it require one, and the base layer would compute it for nothing.
     through = x.requires_grad
@@ -383,11 +383,13 @@ def down(
     return passed, hs[0]
 
 
-def _plain_dropout(x: Tensor, p: float) -> Tensor:
+def _dropped_linear(x: Tensor, a: Tensor, p: float) -> Tensor:
+    """dropout(x) aᵀ by plain operations."""
     if plain(x):
-        return F.dropout(x, p, training=True)
+        return F.linear(F.dropout(x, p, training=True), a)
     mask, keep = dropout_mask(x, p)
-    return x * mask * (1.0 / keep)
+    # Scaled where it is r wide, not d_in.
+    return F.linear(x * mask, a) * (1.0 / keep)
 
 
 def up(
