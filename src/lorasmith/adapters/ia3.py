@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lorasmith.core.config import AdapterConfig, Targets, _names
+from lorasmith.core.config import AdapterConfig, Targets, as_names
 from lorasmith.core.layers import LayerInfo, device_of
 from lorasmith.core.patterns import matches_name, matches_regex
 from lorasmith.core.variant import (
@@ -54,7 +54,7 @@ class IA3Config(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set("feedforward", _names(self.feedforward, "feedforward"))
+        self._set("feedforward", as_names(self.feedforward, "feedforward"))
 
     def scales_input(self, module_name: str) -> bool:
         """Whether the gain of that layer acts on its input."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
+from lorasmith.cli.base_model import BaseModel, BaseModelOptions
 from lorasmith.cli.output import Common, CommonOptions, emit, grid, number, session, stderr
 
 __all__ = ["evaluate"]
@@ -18,7 +18,6 @@ def evaluate(
     model: str,
     data: str,
     *,
-    adapter: Annotated[str | None, Parameter(alias="-a")] = None,
     split: str | None = None,
     limit: int | None = None,
     exact_match: bool = True,
@@ -26,11 +25,7 @@ def evaluate(
     max_length: int = 1024,
     batch_size: int = 16,
     show: int = 5,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    device: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    allow_base_mismatch: bool = False,
+    base_model: BaseModelOptions = BaseModel(),  # noqa: B008 - frozen
     common: CommonOptions = Common(),  # noqa: B008 - frozen
 ) -> int:
     """Measure a model, with or without an adapter: loss, perplexity, exact match.
@@ -41,8 +36,6 @@ def evaluate(
         Base model: an alias (smollm2), a hub id, or a path.
     data
         Rows: a jsonl, json, csv, tsv, parquet or txt file, a hub id, or builtin:NAME.
-    adapter
-        Adapter to use: a directory or a hub id.
     split
         Split of DATA; default: test for hub ids and builtin:NAME, all rows of a file.
     limit
@@ -57,31 +50,13 @@ def evaluate(
         Rows a batch.
     show
         Show so many of the completions.
-    dtype
-        dtype of the base model.
-    device
-        auto, cpu, cuda or mps.
-    revision
-        Branch, tag or commit of MODEL on the hub.
-    trust_remote_code
-        Let code that comes with MODEL run.
-    allow_base_mismatch
-        Use the adapter even if it was made for other base weights.
     """
     with session(common):
         from lorasmith.cli.progress import bar
         from lorasmith.training.evaluate import evaluate as measure
 
         rows = load_eval_rows(data, split, limit)
-        base, tokenizer = load_with_adapter(
-            model,
-            adapter,
-            dtype=dtype,
-            device=device,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            allow_base_mismatch=allow_base_mismatch,
-        )
+        base, tokenizer = base_model.load(model)
         with bar(stderr(), shown=not common.quiet) as progress:
             report = measure(
                 base,
@@ -95,7 +70,7 @@ def evaluate(
             )
         payload = {
             "model": model,
-            "adapter": adapter,
+            "adapter": base_model.adapter,
             "data": data,
             **report.to_dict(examples=show),
         }
@@ -131,17 +106,3 @@ def load_eval_rows(data: str, split: str | None, limit: int | None) -> Any:
     if split is None:
         split = "train" if Path(data).expanduser().exists() else "test"
     return load_rows(data, split=split, limit=limit)
-
-
-def load_with_adapter(
-    model: str, adapter: str | None, *, allow_base_mismatch: bool, **settings: Any
-) -> tuple[Any, Any]:
-    """The base model with an adapter on it, if one is given, and its tokenizer."""
-    from lorasmith.training.models import load_model
-
-    base, tokenizer = load_model(model, **settings)
-    if adapter is not None:
-        import lorasmith as ls
-
-        ls.load(base, adapter, allow_base_mismatch=allow_base_mismatch)
-    return base, tokenizer

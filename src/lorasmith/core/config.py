@@ -22,7 +22,7 @@ Targets: TypeAlias = str | Sequence[str]
 SCALINGS = ("standard", "rslora")
 
 
-def _names(value: Targets | None, field_name: str) -> tuple[str, ...]:
+def as_names(value: Targets | None, field_name: str) -> tuple[str, ...]:
     """Brings a string or a sequence of strings into a tuple without losing its order."""
     if value is None:
         return ()
@@ -71,7 +71,7 @@ class AdapterConfig:
     modules_to_save: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        targets = _names(self.targets, "targets")
+        targets = as_names(self.targets, "targets")
         if not targets:
             raise ConfigError(
                 "targets is empty, so no layer would be adapted.",
@@ -80,8 +80,8 @@ class AdapterConfig:
             )
         # A lone string stays one: it is how people write it and how it reads back.
         self._set("targets", targets[0] if len(targets) == 1 else targets)
-        self._set("exclude", _names(self.exclude, "exclude"))
-        self._set("modules_to_save", _names(self.modules_to_save, "modules_to_save"))
+        self._set("exclude", as_names(self.exclude, "exclude"))
+        self._set("modules_to_save", as_names(self.modules_to_save, "modules_to_save"))
         if self.layers is not None:
             given: object = self.layers
             layers = tuple(given) if isinstance(given, Iterable) else ()
@@ -100,7 +100,7 @@ class AdapterConfig:
     @property
     def target_list(self) -> tuple[str, ...]:
         """``targets`` as a tuple, whatever form the user gave."""
-        return _names(self.targets, "targets")
+        return as_names(self.targets, "targets")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and the variant's name, in types that JSON can hold."""

@@ -175,7 +175,8 @@ def _maker(name: str) -> tuple[_Write, _Values, str]:
         f"There is no built-in data set {name!r}.",
         expected="one of " + ", ".join(near or ("dates-en", "dates-de", "numbers-en", "…")),
         got=name,
-        fix="lorasmith.training.builtin.builtin_names() lists all",
+        fix="dates-LOCALE takes any locale of Babel (en, de, pt_BR as pt-br, …), "
+        "numbers-LANGUAGE any language of num2words",
     )
 
 

@@ -221,7 +221,7 @@ class TrainConfig:
     """Course of the learning rate after the warm-up."""
 
     warmup: float = 0.03
-    """Steps of linear warm-up; a value below 1 is a fraction of all steps."""
+    """Steps of linear warm-up; a value below 1 is a fraction of all steps, rounded down."""
 
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""

@@ -312,7 +312,7 @@ def _read_hub(source: str, split: str, cache: str | None) -> Dataset:
             expected="a path, builtin:NAME, or a hub id OWNER/NAME[:CONFIG]",
             got=_first_line(error),
             fix="check the spelling, the configuration and the network; "
-            "lorasmith.training.builtin.builtin_names() lists the data sets made offline",
+            "builtin:dates-en, builtin:numbers-es and their like are made offline",
         ) from error
     return _choose_split(rows, split, source)
 

@@ -980,8 +980,9 @@ def _arguments(config: TrainConfig, rows: int, *, evaluates: bool) -> TrainingAr
         lr_scheduler_type=config.schedule
         if config.schedule != "constant"
         else "constant_with_warmup",
-        # Trainer reads values below 1 as a fraction, as TrainConfig does.
-        warmup_steps=config.warmup if config.warmup < 1 else round(config.warmup),
+        # Trainer would round a fraction up, and the first step of a warm-up has learning
+        # rate 0: a short run would begin with a step that does nothing.
+        warmup_steps=int(config.warmup * steps) if config.warmup < 1 else round(config.warmup),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
