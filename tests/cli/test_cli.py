@@ -399,3 +399,15 @@ def test_demo(call: Any, base: Path, tmp_path: Path) -> None:
     again = call(*arguments, "--variant", "ia3")
     assert again.code == 0, again.err
     assert "Before and after" in again.out
+
+
+def test_the_list_of_commands_says_what_each_says_of_itself() -> None:
+    """The list is written down apart, so that it can be shown without importing them."""
+    from importlib import import_module
+
+    from lorasmith.cli.app import COMMANDS
+
+    for name, (function, summary) in COMMANDS.items():
+        module, _, attribute = function.partition(":")
+        doc = getattr(import_module(module), attribute).__doc__
+        assert doc.strip().splitlines()[0] == summary, name

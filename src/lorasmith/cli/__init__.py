@@ -6,6 +6,6 @@ they run, so that help texts and mistakes in options answer at once.
 
 from __future__ import annotations
 
-from lorasmith.cli.app import app, main
+from lorasmith.cli.app import main
 
-__all__ = ["app", "main"]
+__all__ = ["main"]

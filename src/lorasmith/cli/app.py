@@ -6,22 +6,17 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict
 
-from lorasmith.cli.demo import demo
-from lorasmith.cli.eval import evaluate
-from lorasmith.cli.generate import generate
-from lorasmith.cli.info import info
 from lorasmith.cli.output import exit_code, report_error
-from lorasmith.cli.train import train
-from lorasmith.cli.version import version
 from lorasmith.errors import ConfigError
 
-__all__ = ["app", "main"]
+__all__ = ["COMMANDS", "main", "make_app"]
 
 
 def _version() -> str:
@@ -96,21 +91,55 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-app = App(
-    name="lorasmith",
-    help="Train, evaluate and use LoRA-family adapters of language models.",
-    version=_version,
-    config=_read_config,
-    default_parameter=Parameter(negative_iterable=()),
-    result_action="return_value",
-    suppress_keyboard_interrupt=False,
-)
-app.command(train)
-app.command(evaluate, name="eval")
-app.command(generate)
-app.command(info)
-app.command(demo)
-app.command(version)
+#: Command → its function and what the list of commands says of it.
+COMMANDS = {
+    "train": ("lorasmith.cli.train:train", "Fine-tune an adapter on a base model."),
+    "eval": (
+        "lorasmith.cli.eval:evaluate",
+        "Measure a model, with or without an adapter: loss, perplexity, exact match.",
+    ),
+    "generate": (
+        "lorasmith.cli.generate:generate",
+        "Let a model answer a prompt, with or without an adapter.",
+    ),
+    "info": (
+        "lorasmith.cli.info:info",
+        "Describe a base model or an adapter. No weights are loaded.",
+    ),
+    "demo": (
+        "lorasmith.cli.demo:demo",
+        "Fine-tune a language model, and measure what it learned and what it forgot.",
+    ),
+    "version": (
+        "lorasmith.cli.version:version",
+        "Show the versions of lorasmith and of the packages it works with.",
+    ),
+}
+
+
+def make_app(command: str | None = None) -> App:
+    """The command line.
+
+    Args:
+        command: The command that is going to be called. It alone is imported; the others
+            are known by name, so that ``lorasmith --help`` does not wait for all of them.
+    """
+    app = App(
+        name="lorasmith",
+        help="Train, evaluate and use LoRA-family adapters of language models.",
+        version=_version,
+        config=_read_config,
+        default_parameter=Parameter(negative_iterable=()),
+        result_action="return_value",
+        suppress_keyboard_interrupt=False,
+    )
+    for name, (function, summary) in COMMANDS.items():
+        if name == command:
+            module, _, attribute = function.partition(":")
+            app.command(getattr(import_module(module), attribute), name=name)
+        else:
+            app.command(function, name=name, help=summary)
+    return app
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json, debug = "--json" in arguments, "--debug" in arguments
     try:
+        app = make_app(next((a for a in arguments if not a.startswith("-")), None))
         result = app(arguments, exit_on_error=False, print_error=False, help_on_error=False)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
