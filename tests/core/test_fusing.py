@@ -197,3 +197,24 @@ def test_detach_with_keep_fused_writes_the_trained_modules() -> None:
     ls.fuse(model)
     ls.detach(model, keep_fused=True)
     torch.testing.assert_close(model(x), wanted)
+
+
+def test_keep_fused_needs_something_fused() -> None:
+    model = mlp()
+    ls.attach(model, ls.LoRAConfig(r=2))
+    with pytest.raises(FuseError, match="nothing to keep"):
+        ls.detach(model, keep_fused=True)
+    assert list(ls.attached(model)) == ["default"]
+
+
+def test_keep_fused_refuses_to_write_a_tied_head() -> None:
+    model = llama()
+    model.lm_head.weight = model.get_input_embeddings().weight
+    before = model.lm_head.weight.clone()
+    adapter = ls.attach(model, ls.LoRAConfig(r=2, targets="q_proj", modules_to_save=["lm_head"]))
+    randomise(adapter.parameters())
+    ls.fuse(model)
+    with pytest.raises(FuseError, match="shared"):
+        ls.detach(model, keep_fused=True)
+    assert torch.equal(model.lm_head.weight, before)
+    ls.detach(model)

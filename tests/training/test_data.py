@@ -104,6 +104,14 @@ def test_answers_that_look_like_dates_stay_text(tmp_path: Path, cache: Path, nam
     assert load_rows(str(path), cache_dir=cache)["completion"][:] == ["2026-03-03", "1999-12-31"]
 
 
+def test_only_a_newline_ends_a_row_of_json_lines(tmp_path: Path, cache: Path) -> None:
+    # U+2028 and U+0085 end a line for str.splitlines; in JSON they may stand in a string.
+    row = {"prompt": "a\u2028b\u0085c", "completion": "2026-03-03"}
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert load_rows(str(path), cache_dir=cache)[0] == row
+
+
 def test_json_lines_json_csv_tsv_parquet_and_text(tmp_path: Path, cache: Path) -> None:
     rows = [{"prompt": 'a, "b"', "completion": "007"}, {"prompt": "NA", "completion": "ü\tx"}]
     (tmp_path / "r.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")

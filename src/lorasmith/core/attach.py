@@ -27,7 +27,7 @@ from lorasmith.core.adapter import (
     unwrap,
 )
 from lorasmith.core.config import AdapterConfig
-from lorasmith.core.fusing import fused_name, unfuse
+from lorasmith.core.fusing import fused_name, refuse_shared, unfuse
 from lorasmith.core.lowrank import Siblings
 from lorasmith.core.registry import variant_of
 from lorasmith.core.state import (
@@ -42,7 +42,7 @@ from lorasmith.core.state import (
 )
 from lorasmith.core.targets import find_modules, roles_of, select
 from lorasmith.core.variant import BaseLayer
-from lorasmith.errors import AttachError, ConfigError
+from lorasmith.errors import AttachError, ConfigError, FuseError
 
 __all__ = ["attach", "detach", "use"]
 
@@ -256,11 +256,20 @@ def detach(model: nn.Module, name: str | None = None, *, keep_fused: bool = Fals
 
     Raises:
         UnknownNameError: If there is no adapter of that name.
-        FuseError: If the adapter is fused and the original weights were not kept.
+        FuseError: If the adapter is fused and the original weights were not kept; or, with
+            ``keep_fused``, if it is not fused, or a trained module shares its weight with
+            another. The model is unchanged then.
     """
     root = unwrap(model)
     names = list(attached(root)) if name is None else [get_adapter(root, name).name]
     fused = fused_name(root)
+    if keep_fused and fused not in names:
+        raise FuseError(
+            "There is nothing to keep: no adapter that is to be detached is fused.",
+            expected=" or ".join(names) or "an adapter",
+            got=fused or "nothing fused",
+            fix="fuse(model) first, or detach without keep_fused",
+        )
     if fused is not None and fused in names:
         if keep_fused:
             _write_copies(root, fused)
@@ -280,11 +289,11 @@ def detach(model: nn.Module, name: str | None = None, *, keep_fused: bool = Fals
 
 
 def _write_copies(root: nn.Module, name: str) -> None:
+    found = ((n, m, saved.get(name)) for n, m, saved in saved_modules(root))
+    work = [(n, m, made) for n, m, made in found if made is not None]
+    refuse_shared(root, {n for n, *_ in work})
     with torch.no_grad():
-        for _, module, saved in saved_modules(root):
-            made = saved.get(name)
-            if made is None:
-                continue
+        for _, module, made in work:
             mine = {**dict(module.named_parameters()), **dict(module.named_buffers())}
             for key, value in (*made.named_parameters(), *made.named_buffers()):
                 mine[key].copy_(value)

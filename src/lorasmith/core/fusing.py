@@ -19,7 +19,7 @@ from lorasmith.core.layers import read_bias, read_weight, write_bias, write_weig
 from lorasmith.core.state import AdapterSlot, LayerAdapter, slots
 from lorasmith.errors import FuseError
 
-__all__ = ["FuseReport", "FusedLayer", "fuse", "fused_name", "unfuse"]
+__all__ = ["FuseReport", "FusedLayer", "fuse", "fused_name", "refuse_shared", "unfuse"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def fuse(model: nn.Module, name: str | None = None, *, keep_original: bool = Tru
     work = [(n, m, s, part) for n, m, s in slots(root) if (part := s.get(adapter.name)) is not None]
     for module_name, module, *_ in work:
         _refuse_computed(module_name, module)
-    _refuse_shared(root, {n for n, *_ in work})
+    refuse_shared(root, {n for n, *_ in work})
     done: list[tuple[nn.Module, AdapterSlot]] = []
     records = []
     try:
@@ -154,7 +154,8 @@ def _refuse_computed(name: str, module: nn.Module) -> None:
             )
 
 
-def _refuse_shared(root: nn.Module, fused: set[str]) -> None:
+def refuse_shared(root: nn.Module, fused: set[str]) -> None:
+    """Raises a ``FuseError`` if writing the weights of these modules would change others."""
     owners: dict[int, list[str]] = {}
     for module_name, module in root.named_modules():
         weight = module._parameters.get("weight")

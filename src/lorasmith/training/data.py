@@ -215,7 +215,7 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
     if path.suffix.lower() == ".json":
         rows = json.loads(text)
     else:
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(
             "The file is not a list of rows.",
