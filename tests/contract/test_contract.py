@@ -16,27 +16,18 @@ from torch import Tensor, nn
 
 import lorasmith as ls
 from lorasmith.core import lowrank
-from lorasmith.core.state import SLOT, LayerAdapter
+from lorasmith.core.state import SLOT
 from lorasmith.core.variant import NewTensors
-from lorasmith.init import INITIALISATIONS
+from tests.contract.configurations import CONFIGURATIONS
 from tests.models import FAMILIES, Family, llama, mlp, randomise, run
-
-#: Ends of the names of the layers whose input IA3 scales, over all families.
-_INNER = "re:.*(down_proj|c_proj|lin2|(^|[.])2)"
 
 
 def _configurations() -> Iterator[Any]:
-    """Every registered variant with every initialisation and both sides, if it has them."""
-    for name, variant in ls.variants().items():
-        make = variant.config_class
-        fields = {f.name for f in dataclasses.fields(make)}
-        if "init" in fields:
-            for init in [*INITIALISATIONS, "pissa_niter_4"]:
-                yield pytest.param(make(r=4, alpha=6.0, init=init), id=f"{name}-{init}")  # type: ignore[call-arg]
-        else:
-            yield pytest.param(make(), id=name)
-        if "feedforward" in fields:
-            yield pytest.param(make(feedforward=_INNER), id=f"{name}-feedforward")  # type: ignore[call-arg]
+    """Every registered variant as ``configurations.py`` says it is to be tried."""
+    for name in ls.variants():
+        assert name in CONFIGURATIONS, f"tests/contract/configurations.py says nothing of {name}"
+        for config_id, config in CONFIGURATIONS[name].items():
+            yield pytest.param(config, id=f"{name}-{config_id}")
 
 
 CONFIGS = list(_configurations())
@@ -266,12 +257,12 @@ def test_failure_while_putting_leaves_the_model_untouched(
     assert attaching.put is not None
     original, calls = AdapterSlot.put, 0
 
-    def failing(self: AdapterSlot, name: str, adapter: LayerAdapter) -> None:
+    def failing(self: AdapterSlot, *arguments: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise RuntimeError("no luck half-way")
-        original(self, name, adapter)
+        original(self, *arguments)
 
     monkeypatch.setattr(AdapterSlot, "put", failing)
     with pytest.raises(RuntimeError, match="half-way"):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import lorasmith as ls
-from lorasmith.errors import AttachError, FuseError
+from lorasmith.errors import AttachError, ConfigError, FuseError
 from tests.models import FAMILIES, llama, mlp, randomise, run
 
 
@@ -121,7 +121,7 @@ def test_a_layer_that_cannot_be_read_is_refused_half_way() -> None:
         ls.fuse(model)
     assert torch.equal(model[0].weight, before)
     assert torch.equal(model(x), expected)
-    with pytest.raises(AttachError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="must read the weight whenever it runs"):
         ls.attach(model, ls.DoRAConfig(), name="dora")
 
 

@@ -45,7 +45,14 @@ from lorasmith.core import lowrank
 from lorasmith.core.config import LowRankConfig
 from lorasmith.core.hooks import owns_output
 from lorasmith.core.layers import LayerInfo
-from lorasmith.core.variant import BaseLayer, Factors, LayerState, NewTensors, TensorSpec
+from lorasmith.core.variant import (
+    BaseLayer,
+    Factors,
+    LayerState,
+    NewTensors,
+    TensorSpec,
+    WeightUse,
+)
 
 __all__ = ["DoRA", "DoRAConfig"]
 
@@ -176,6 +183,10 @@ class DoRA(LoRA):
 
     name = "dora"
     config_class = DoRAConfig
+    formula = "y = m / ‖W + s B A‖ ∘ (W + s B A) x"
+
+    def weight_use(self, config: LowRankConfig) -> WeightUse:
+        return "always"
 
     def new_tensors(self, base: BaseLayer, config: LowRankConfig) -> NewTensors:
         low_rank = super().new_tensors(base, config)

@@ -72,6 +72,9 @@ class IA3(Variant):
     name = "ia3"
     config_class: ClassVar[type[AdapterConfig]] = IA3Config
     peft_type = "IA3"
+    peft_fields = frozenset({"feedforward_modules", "init_ia3_weights"})
+    family = "gain"
+    formula = "y = l ∘ (W x), or y = W (l ∘ x) in feedforward layers"
     transforms_input = True
 
     @staticmethod

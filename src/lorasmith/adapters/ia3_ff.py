@@ -36,6 +36,7 @@ class IA3FF(IA3):
     """y = W (l ∘ x) + b."""
 
     name = "ia3_ff"
+    formula = "y = W (l ∘ x)"
     config_class: ClassVar[type[AdapterConfig]] = IA3FFConfig
 
     @staticmethod

@@ -41,6 +41,7 @@ from lorasmith.core.variant import (
     NewTensors,
     TensorSpec,
     Variant,
+    WeightUse,
 )
 from lorasmith.errors import UnsupportedFeatureError
 from lorasmith.init import get_initialisation
@@ -66,6 +67,20 @@ class LoRA(Variant):
     name = "lora"
     config_class = LoRAConfig
     peft_type = "LORA"
+    peft_fields = frozenset(
+        "alora_invocation_tokens alpha_pattern arrow_config bias corda_config "
+        "ensure_weight_tying eva_config init_lora_weights kasa_config layer_replication "
+        "layers_pattern layers_to_transform loftq_config lora_alpha lora_bias lora_dropout "
+        "lora_ga_config megatron_config megatron_core monteclora_config qalora_group_size r "
+        "rank_pattern runtime_config target_parameters trainable_token_indices use_bdlora "
+        "use_dora use_qalora use_rslora velora_config".split()
+    )
+    family = "low-rank"
+    formula = "y = W x + s B A x"
+    faster = ("B",)
+
+    def weight_use(self, config: LowRankConfig) -> WeightUse:
+        return "start" if config.init.startswith("pissa") else "never"
 
     def new_tensors(self, base: BaseLayer, config: LowRankConfig) -> NewTensors:
         info = base.info

@@ -7,7 +7,7 @@ can fail is computed before the model is touched, and what touches it can be und
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +28,7 @@ from lorasmith.core.adapter import (
 )
 from lorasmith.core.config import AdapterConfig
 from lorasmith.core.fusing import fused_name, refuse_shared, unfuse
+from lorasmith.core.layers import LayerInfo
 from lorasmith.core.lowrank import Siblings
 from lorasmith.core.registry import variant_of
 from lorasmith.core.state import (
@@ -36,12 +37,13 @@ from lorasmith.core.state import (
     AdapterSlot,
     LayerAdapter,
     SavedModule,
+    SharedTensors,
     saved_modules,
     slot_of,
     slots,
 )
 from lorasmith.core.targets import find_modules, roles_of, select
-from lorasmith.core.variant import BaseLayer
+from lorasmith.core.variant import BaseLayer, Variant
 from lorasmith.errors import AttachError, ConfigError, FuseError
 
 __all__ = ["attach", "detach", "use"]
@@ -53,6 +55,7 @@ def attach(
     *,
     name: str = "default",
     calibration: Iterable[Any] | None = None,
+    dequantize: bool = False,
 ) -> Adapter:
     """Attaches a new adapter to a model and makes it the active one.
 
@@ -66,7 +69,11 @@ def attach(
         model: Any ``nn.Module`` with linear-like layers.
         config: E.g. ``LoRAConfig(r=16)``.
         name: Name of the adapter: letters, digits, ``_`` and ``-``.
-        calibration: Batches for initialisations that look at data.
+        calibration: Batches for variants and initialisations that look at data: whatever
+            the model is called with (mappings of keyword arguments, tuples of positional
+            ones, or tensors). They run through the base model as it is.
+        dequantize: Whether variants that must read W may dequantise a quantised layer for
+            it, one layer at a time.
 
     Returns:
         A handle to the adapter.
@@ -79,22 +86,68 @@ def attach(
     root = unwrap(model)
     variant = variant_of(config)
     check_free(root, name)
-    if calibration is not None:
-        raise ConfigError(
-            f"{type(config).__name__} takes no calibration data as it is configured.",
-            expected="calibration=None",
-            key="calibration",
-        )
     chosen = select(root, config)
+    if not dequantize:
+        refuse_unreadable(variant, config, [c.info for c in chosen])
+    statistics = _calibrate(root, variant, config, [c.info for c in chosen], calibration)
     parts = {}
     # Tensors made in inference mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
-        for candidate in chosen:
-            base = BaseLayer(candidate.module, candidate.info)
-            part = LayerAdapter(variant, config, candidate.info, variant.new_tensors(base, config))
-            parts[candidate.info.name] = part
+        bases = [BaseLayer(c.module, c.info, statistics.get(c.info.name, {})) for c in chosen]
+        config = variant.adjust(config, bases)
+        common = variant.shared_tensors(config, bases)
+        shared = SharedTensors(common) if common else None
+        for base in bases:
+            new = variant.new_tensors(base, config)
+            parts[base.info.name] = LayerAdapter(variant, config, base.info, new, shared)
         copies = {n: trainable_copy(m) for n, m in find_modules(root, config.modules_to_save)}
     return put(root, name, config, parts, copies, trainable=True)
+
+
+def refuse_unreadable(variant: Variant, config: AdapterConfig, infos: Iterable[LayerInfo]) -> None:
+    """Raises a ``ConfigError`` if the variant must read a weight that is not a plain matrix."""
+    use_of_weight = variant.weight_use(config)
+    opaque = [] if use_of_weight == "never" else [i for i in infos if i.kind == "opaque"]
+    if opaque:
+        when = "to start" if use_of_weight == "start" else "whenever it runs"
+        raise ConfigError(
+            f"{type(config).__name__} as it is configured must read the weight {when}, and "
+            f"{len(opaque)} of its layers are quantised.",
+            expected="layers with a floating-point weight",
+            got=f"e.g. {opaque[0].name}",
+            fix="pass dequantize=True (one layer at a time), or choose a variant or "
+            "initialisation that does not read W, such as LoRA with init='kaiming'",
+            key="dequantize",
+        )
+
+
+def _calibrate(
+    root: nn.Module,
+    variant: Variant,
+    config: AdapterConfig,
+    infos: Sequence[LayerInfo],
+    batches: Iterable[Any] | None,
+) -> Mapping[str, Mapping[str, Any]]:
+    """Layer → statistic → value, as far as the variant needs any."""
+    wanted = variant.statistics(config)
+    if not wanted:
+        if batches is not None:
+            raise ConfigError(
+                f"{type(config).__name__} takes no calibration data as it is configured.",
+                expected="calibration=None",
+                key="calibration",
+            )
+        return {}
+    if batches is None:
+        raise ConfigError(
+            f"{type(config).__name__} as it is configured starts from data, and none was given.",
+            expected="calibration=batches, an iterable of what the model is called with",
+            got="calibration=None",
+            key="calibration",
+        )
+    from lorasmith.core.calibration import collect
+
+    return collect(root, infos, batches, wanted)
 
 
 def check_free(root: nn.Module, name: str) -> None:
@@ -163,6 +216,7 @@ def put(
     )
     previous_active = state.active
     _introduce(parts)
+    shared = next((part.shared for part in parts.values()), None)
     try:
         for module_name, part in parts.items():
             module = root.get_submodule(module_name)
@@ -172,7 +226,8 @@ def put(
                 slot.train(module.training)
                 hooks.install(module, slot)
             part.train(module.training)
-            slot.put(name, part)
+            slot.put(name, part, shared)
+            shared = None
         for module_name, made in copies.items():
             module = root.get_submodule(module_name)
             saved = module._modules.get(SAVED)

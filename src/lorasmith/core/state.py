@@ -7,7 +7,7 @@ any other. No module of the model is replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "AdapterSlot",
     "LayerAdapter",
     "SavedModule",
+    "SharedTensors",
     "saved_modules",
     "slot_of",
     "slots",
@@ -36,6 +37,46 @@ SLOT = "lorasmith"
 SAVED = "lorasmith_saved"
 
 
+def _keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What ``fn`` does to a tensor's device, but not to its dtype."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        if moved.dtype == tensor.dtype or not tensor.is_floating_point():
+            return moved
+        if moved.is_meta or tensor.is_meta:
+            return moved.to(tensor.dtype)
+        # Not ``moved.to(float32)``: the digits would already be lost.
+        return tensor.to(device=moved.device)
+
+    return apply
+
+
+class SharedTensors(nn.Module):
+    """Frozen tensors that all layers of one adapter share (VeRA's random matrices).
+
+    A child of the slot of the adapter's first layer, so that the model moves, copies and
+    pickles it once; the layers' adapters point to it.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, value in tensors.items():
+            self.register_buffer(name, _master(value))
+
+    def __getitem__(self, tensor: str) -> Tensor:
+        value = self._buffers[tensor]
+        assert value is not None
+        return value
+
+    def __contains__(self, tensor: object) -> bool:
+        return tensor in self._buffers
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SharedTensors:
+        super()._apply(_keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
 class LayerAdapter(nn.Module):
     """One adapter's tensors on one layer; satisfies ``core.variant.LayerState``.
 
@@ -45,7 +86,12 @@ class LayerAdapter(nn.Module):
     """
 
     def __init__(
-        self, variant: Variant, config: AdapterConfig, info: LayerInfo, tensors: NewTensors
+        self,
+        variant: Variant,
+        config: AdapterConfig,
+        info: LayerInfo,
+        tensors: NewTensors,
+        shared: SharedTensors | None = None,
     ) -> None:
         super().__init__()
         self.variant = variant
@@ -56,38 +102,41 @@ class LayerAdapter(nn.Module):
             self.register_parameter(name, nn.Parameter(_master(value)))
         for name, value in tensors.frozen.items():
             self.register_buffer(name, _master(value))
+        #: In a tuple, so that it is nobody's child: it would be moved and saved once a layer.
+        self._shared = (shared,)
         #: Scratch for what a variant may keep between calls; never saved or copied.
         self.cache: dict[str, Any] = {}
         #: Adapters of neighbouring layers that products may be shared with.
         self.siblings: Siblings | None = None
 
+    @property
+    def shared(self) -> SharedTensors | None:
+        """What all layers of the adapter share, if there is anything."""
+        return self._shared[0]
+
     def __getitem__(self, tensor: str) -> Tensor:
         value: Tensor | None = self._parameters.get(tensor)
         if value is None:
-            value = self._buffers[tensor]
-        assert value is not None
+            value = self._buffers.get(tensor)
+        if value is None and self._shared[0] is not None:
+            value = self._shared[0][tensor]
+        if value is None:
+            raise KeyError(tensor)
         return value
 
     def __contains__(self, tensor: object) -> bool:
-        return tensor in self._parameters or tensor in self._buffers
+        shared = self._shared[0]
+        mine = tensor in self._parameters or tensor in self._buffers
+        return mine or (shared is not None and tensor in shared)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors, trainable ones first."""
+        """All tensors of its own, trainable ones first."""
         yield from self.named_parameters()
         yield from self.named_buffers()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerAdapter:
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if moved.dtype == tensor.dtype or not tensor.is_floating_point():
-                return moved
-            if moved.is_meta or tensor.is_meta:
-                return moved.to(tensor.dtype)
-            # Not ``moved.to(float32)``: the digits would already be lost.
-            return tensor.to(device=moved.device)
-
         self.cache.clear()
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(_keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -152,13 +201,22 @@ class AdapterSlot(_Hooked):
         assert found is None or isinstance(found, LayerAdapter)
         return found
 
-    def put(self, name: str, adapter: LayerAdapter) -> None:
-        """Adds an adapter; it does not act until it is live."""
+    def put(self, name: str, adapter: LayerAdapter, shared: SharedTensors | None = None) -> None:
+        """Adds an adapter; it does not act until it is live.
+
+        Args:
+            name: Its name.
+            adapter: Its tensors.
+            shared: What its layers share, where this is the first of them.
+        """
         self.add_module(self._key(name), adapter)
+        if shared is not None:
+            self.add_module(f"shared_{name}", shared)
 
     def remove(self, name: str) -> None:
         """Takes an adapter away."""
         gone = self._modules.pop(self._key(name))
+        self._modules.pop(f"shared_{name}", None)
         self.set_live(a for a in self.live if a is not gone)
 
     def set_live(self, adapters: Iterable[LayerAdapter]) -> None:
@@ -168,7 +226,8 @@ class AdapterSlot(_Hooked):
 
     def names(self) -> tuple[str, ...]:
         """Names of the adapters on this layer."""
-        return tuple(key.removeprefix("adapter_") for key in self._modules)
+        keys = (key for key in self._modules if key.startswith("adapter_"))
+        return tuple(key.removeprefix("adapter_") for key in keys)
 
 
 class SavedModule(_Hooked):

@@ -9,9 +9,9 @@ loading) is written once in ``core`` and ``io`` and driven by these declarations
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,19 @@ from lorasmith.core.config import AdapterConfig
 from lorasmith.core.layers import LayerInfo, read_weight
 from lorasmith.errors import FuseError
 
-__all__ = ["BaseLayer", "Carry", "Factors", "LayerState", "NewTensors", "TensorSpec", "Variant"]
+__all__ = [
+    "BaseLayer",
+    "Carry",
+    "Factors",
+    "LayerState",
+    "NewTensors",
+    "TensorSpec",
+    "Variant",
+    "WeightUse",
+]
+
+#: When a variant must know W: never, when it is made, or whenever it runs.
+WeightUse = Literal["never", "start", "always"]
 
 #: What ``before`` hands to ``after`` of the same call.
 Carry = Any
@@ -75,10 +87,19 @@ class LayerState(Protocol):
 
 @dataclass(frozen=True)
 class BaseLayer:
-    """The layer that an adapter sits on, as far as a variant may see it."""
+    """The layer that an adapter sits on, as far as a variant may see it.
+
+    Attributes:
+        module: The layer.
+        info: Its name and sizes.
+        statistics: What calibration has found out about the layer, by the names that
+            :meth:`Variant.statistics` asked for. Empty outside :meth:`Variant.new_tensors`
+            and :meth:`Variant.adjust`.
+    """
 
     module: nn.Module
     info: LayerInfo
+    statistics: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def weight(self) -> Tensor:
@@ -152,6 +173,40 @@ class Variant(ABC):
     transforms_input: ClassVar[bool] = False
     #: PEFT's ``peft_type`` in files; a name of our own where PEFT has no such variant.
     peft_type: ClassVar[str]
+    #: The fields that PEFT's configuration of that type may have beyond those of all
+    #: types, for the warning about unknown ones; empty where PEFT has no such variant.
+    peft_fields: ClassVar[frozenset[str]] = frozenset()
+    #: What kind of change it makes, for lists: "low-rank", "gain", "rotation", ….
+    family: ClassVar[str] = "other"
+    #: The adapted layer in one line, for lists: ``"y = W x + s B A x"``.
+    formula: ClassVar[str] = ""
+    #: Whether there is a weight that acts like the adapted layer.
+    fusable: ClassVar[bool] = True
+    #: The tensors that LoRA+ trains faster (those on the output's side, which start at 0).
+    faster: ClassVar[tuple[str, ...]] = ()
+
+    def weight_use(self, config: Any) -> WeightUse:
+        """When the variant must know W, as it is configured.
+
+        Quantised layers do not give W away for nothing: they are refused unless the answer
+        is ``"never"`` or the user asked for dequantising.
+        """
+        return "never"
+
+    def statistics(self, config: Any) -> frozenset[str]:
+        """Which statistics of calibration data it needs to start: see ``core.calibration``."""
+        return frozenset()
+
+    def adjust(self, config: Any, bases: Sequence[BaseLayer]) -> Any:
+        """The configuration to use on these layers: e.g. with ranks chosen by calibration."""
+        return config
+
+    def shared_tensors(self, config: Any, bases: Sequence[BaseLayer]) -> dict[str, Tensor]:
+        """Frozen tensors that all layers of one adapter share: name → value.
+
+        Every layer's state gives them by name like its own.
+        """
+        return {}
 
     @abstractmethod
     def new_tensors(self, base: BaseLayer, config: Any) -> NewTensors:

@@ -17,8 +17,8 @@ from lorasmith.core.state import SAVED, SLOT
 from lorasmith.core.targets import ROLES
 
 __all__ = [
+    "COMMON_FIELDS",
     "CONFIG",
-    "FIELDS",
     "PREFIX",
     "WEIGHTS",
     "base_name",
@@ -38,24 +38,11 @@ PICKLE = "adapter_model.bin"
 #: What stands before every module name in PEFT's tensor names.
 PREFIX = "base_model.model."
 
-_COMMON_FIELDS = frozenset(
+#: What PEFT's configuration may hold for adapters of any type.
+COMMON_FIELDS = frozenset(
     "auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out inference_mode "
     "modules_to_save peft_type peft_version revision target_modules task_type".split()
 )
-#: PEFT's ``peft_type`` → what its configuration may hold.
-FIELDS = {
-    "LORA": _COMMON_FIELDS
-    | frozenset(
-        "alora_invocation_tokens alpha_pattern arrow_config bias corda_config "
-        "ensure_weight_tying eva_config init_lora_weights kasa_config layer_replication "
-        "layers_pattern layers_to_transform loftq_config lora_alpha lora_bias lora_dropout "
-        "lora_ga_config megatron_config megatron_core monteclora_config qalora_group_size r "
-        "rank_pattern runtime_config target_parameters trainable_token_indices use_bdlora "
-        "use_dora use_qalora use_rslora velora_config".split()
-    ),
-    "IA3": _COMMON_FIELDS | {"feedforward_modules", "init_ia3_weights"},
-}
-
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),

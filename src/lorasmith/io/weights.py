@@ -714,7 +714,9 @@ def translate(
 
 
 def _warn_of_unknown(fields: Mapping[str, Any], file: Path) -> None:
-    known = peft.FIELDS.get(str(fields.get("peft_type")))
+    kind = fields.get("peft_type")
+    own = [v.peft_fields for v in variants().values() if v.peft_type == kind and v.peft_fields]
+    known = peft.COMMON_FIELDS.union(*own) if own else None
     neutral: tuple[object, ...] = (None, False, "", [], {})
     unknown = [k for k, v in fields.items() if known and k not in known and v not in neutral]
     if unknown:
