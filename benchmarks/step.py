@@ -6,6 +6,7 @@ within a round, so that a machine that is busy for a while does not favour anybo
 
     python benchmarks/step.py                        # 512 and 32 tokens, float32
     python benchmarks/step.py --dtype bfloat16 --rounds 40 --json step.json
+    python benchmarks/step.py --only HRA,DeLoRA,OFT --blocks 2
 
 The model has the shapes of SmolLM2-135M (30 blocks, width 576, 9 heads, 3 key-value
 heads, MLP 1536) with random weights, without the output head; adapters sit on all linear
@@ -24,11 +25,12 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
-from peft import IA3Config as PeftIA3Config
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
@@ -54,32 +56,67 @@ def make_base(blocks: int, dtype: torch.dtype) -> nn.Module:
 
 
 def ours(base: nn.Module, config: ls.AdapterConfig) -> nn.Module:
-    model = copy.deepcopy(base)
+    model = _copy(base)
     ls.attach(model, config)
     return model
 
 
 def theirs(base: nn.Module, config: Any) -> nn.Module:
-    model: nn.Module = get_peft_model(copy.deepcopy(base), config)
+    model: nn.Module = get_peft_model(_copy(base), config)
     return model
 
 
-def contestants(base: nn.Module, r: int) -> dict[str, nn.Module]:
-    def lora(**kw: Any) -> nn.Module:
-        return theirs(base, LoraConfig(r=r, lora_alpha=2 * r, target_modules=LAYERS, **kw))
+def _copy(base: nn.Module) -> nn.Module:
+    """A model of its own over the same weights, which no contestant writes."""
+    return copy.deepcopy(base, {id(p): p for p in base.parameters()})
 
-    ia3 = PeftIA3Config(target_modules=LAYERS, feedforward_modules=["down_proj"])
-    models = {
-        "frozen": copy.deepcopy(base),
-        "PEFT LoRA": lora(),
-        "ours LoRA": ours(base, ls.LoRAConfig(r=r, alpha=2 * r)),
-        "PEFT LoRA dropout 0.05": lora(lora_dropout=0.05),
-        "ours LoRA dropout 0.05": ours(base, ls.LoRAConfig(r=r, alpha=2 * r, dropout=0.05)),
-        "PEFT DoRA": lora(use_dora=True),
-        "ours DoRA": ours(base, ls.DoRAConfig(r=r, alpha=2 * r)),
-        "PEFT IA3": theirs(base, ia3),
-        "ours IA3": ours(base, ls.IA3Config(targets=LAYERS, feedforward=["down_proj"])),
+
+def pairs(r: int) -> dict[str, tuple[Any, Any]]:
+    """Name → PEFT's configuration and ours."""
+    alpha = 2 * r
+    common: dict[str, Any] = {"r": r, "lora_alpha": alpha, "target_modules": LAYERS}
+    layers: dict[str, Any] = {"target_modules": LAYERS}
+    ours_low: dict[str, Any] = {"r": r, "alpha": alpha}
+    return {
+        "LoRA": (LoraConfig(**common), ls.LoRAConfig(**ours_low)),
+        "LoRA dropout 0.05": (
+            LoraConfig(**common, lora_dropout=0.05),
+            ls.LoRAConfig(**ours_low, dropout=0.05),
+        ),
+        "DoRA": (LoraConfig(**common, use_dora=True), ls.DoRAConfig(**ours_low)),
+        "IA3": (
+            peft.IA3Config(**layers, feedforward_modules=["down_proj"]),
+            ls.IA3Config(targets=LAYERS, feedforward=["down_proj"]),
+        ),
+        "DeLoRA": (peft.DeloraConfig(r=r, **layers), ls.DeLoRAConfig(r=r)),
+        "HRA": (peft.HRAConfig(r=r, **layers), ls.HRAConfig(r=r)),
+        "OFT": (
+            peft.OFTConfig(oft_block_size=32, r=0, **layers),
+            ls.OFTConfig(block_size=32),
+        ),
+        "RoAd": (peft.RoadConfig(variant="road_1", **layers), ls.RoAdConfig()),
+        "VeRA": (peft.VeraConfig(r=256, **layers), ls.VeRAConfig(r=256)),
+        "LoHa": (peft.LoHaConfig(r=8, **layers), ls.LoHaConfig(r=8)),
+        "LoKr": (peft.LoKrConfig(r=8, **layers), ls.LoKrConfig(r=8)),
+        "MiSS": (peft.MissConfig(r=64, **layers), ls.MiSSConfig(r=64)),
+        # PEFT has none of these.
+        "LoRA-XS": (None, ls.LoRAXSConfig(r=32)),
+        "AntiPaSTO": (None, ls.AntiPaSTOConfig()),
     }
+
+
+#: What is measured unless ``--only`` says otherwise: PEFT's HRA alone takes gigabytes.
+USUAL = ("LoRA", "LoRA dropout 0.05", "DoRA", "IA3")
+
+
+def contestants(base: nn.Module, r: int, names: Sequence[str]) -> dict[str, nn.Module]:
+    models = {"frozen": _copy(base)}
+    known = pairs(r)
+    for name in names:
+        peer, mine = known[name]
+        if peer is not None:
+            models[f"PEFT {name}"] = theirs(base, peer)
+        models[f"ours {name}"] = ours(base, mine)
     for model in models.values():
         model.train()
     return models
@@ -157,6 +194,7 @@ GOALS = {
     ("LoRA dropout 0.05", 32): 0.80,
     ("DoRA", 512): 0.75,
     ("DoRA", 32): 0.50,
+    ("HRA", 512): 0.20,
 }
 
 
@@ -167,13 +205,15 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 32])
-    parser.add_argument("--only", help="measure only contestants whose name contains this")
+    parser.add_argument("--only", help="names of variants, separated by commas; all for all")
     parser.add_argument("--json", type=Path, help="write all figures there")
     options = parser.parse_args()
     base = make_base(options.blocks, getattr(torch, options.dtype))
-    models = contestants(base, options.r)
-    if options.only:
-        models = {n: m for n, m in models.items() if n == "frozen" or options.only in n}
+    names = (options.only or ",".join(USUAL)).split(",")
+    names = list(pairs(options.r)) if names == ["all"] else names
+    if unknown := set(names) - pairs(options.r).keys():
+        parser.error(f"--only knows {', '.join(pairs(options.r))}; not {', '.join(unknown)}")
+    models = contestants(base, options.r, names)
     record: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),

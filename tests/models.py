@@ -16,6 +16,7 @@ __all__ = [
     "distilbert_classifier",
     "gpt2",
     "llama",
+    "main_output",
     "mlp",
     "randomise",
     "run",
@@ -131,7 +132,7 @@ class Family:
 
     name: str
     build: Callable[[], nn.Module]
-    batch: Callable[[], dict[str, Tensor]]
+    batch: Callable[..., dict[str, Tensor]]
 
 
 FAMILIES = {
@@ -147,8 +148,12 @@ FAMILIES = {
 
 
 def run(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The output that matters: logits, last hidden state, or the tensor itself."""
-    output = model(**batch)
+    """The output that matters: see :func:`main_output`."""
+    return main_output(model(**batch))
+
+
+def main_output(output: Any) -> Tensor:
+    """Logits, last hidden state, or the tensor itself."""
     if isinstance(output, Tensor):
         return output
     found = getattr(output, "logits", None)

@@ -21,21 +21,38 @@ _EXPORTS = {
     "Adapter": "lorasmith.core.adapter",
     "AdapterConfig": "lorasmith.core.config",
     "AdapterWeights": "lorasmith.io",
+    "Conversion": "lorasmith.io.convert",
+    "AntiPaSTOAblateConfig": "lorasmith.adapters",
+    "AntiPaSTOArrowConfig": "lorasmith.adapters",
+    "AntiPaSTOConfig": "lorasmith.adapters",
+    "AntiPaSTOCorDAConfig": "lorasmith.adapters",
+    "AntiPaSTORotConfig": "lorasmith.adapters",
+    "DeLoRAConfig": "lorasmith.adapters",
     "DoRAConfig": "lorasmith.adapters",
     "Factors": "lorasmith.core.variant",
     "FuseReport": "lorasmith.core.fusing",
+    "HRAConfig": "lorasmith.adapters",
     "IA3Config": "lorasmith.adapters",
     "IA3FFConfig": "lorasmith.adapters",
+    "LoHaConfig": "lorasmith.adapters",
+    "LoKrConfig": "lorasmith.adapters",
     "LoRAConfig": "lorasmith.adapters",
+    "MiSSConfig": "lorasmith.adapters",
+    "OFTConfig": "lorasmith.adapters",
+    "LoRAXSConfig": "lorasmith.adapters",
     "LorasmithError": "lorasmith.errors",
+    "RoAdConfig": "lorasmith.adapters",
     "Variant": "lorasmith.core.variant",
+    "VeRAConfig": "lorasmith.adapters",
     "attach": "lorasmith.core.attach",
     "attached": "lorasmith.core.adapter",
     "config_from_dict": "lorasmith.core.registry",
+    "convert": "lorasmith.io.convert",
     "detach": "lorasmith.core.attach",
     "factors": "lorasmith.io",
     "fuse": "lorasmith.core.fusing",
     "load": "lorasmith.io",
+    "param_groups": "lorasmith.core.optim",
     "read_adapter": "lorasmith.io",
     "register": "lorasmith.core.registry",
     "save": "lorasmith.io",
@@ -45,10 +62,24 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
+    from lorasmith.adapters import AntiPaSTOAblateConfig as AntiPaSTOAblateConfig
+    from lorasmith.adapters import AntiPaSTOArrowConfig as AntiPaSTOArrowConfig
+    from lorasmith.adapters import AntiPaSTOConfig as AntiPaSTOConfig
+    from lorasmith.adapters import AntiPaSTOCorDAConfig as AntiPaSTOCorDAConfig
+    from lorasmith.adapters import AntiPaSTORotConfig as AntiPaSTORotConfig
+    from lorasmith.adapters import DeLoRAConfig as DeLoRAConfig
     from lorasmith.adapters import DoRAConfig as DoRAConfig
+    from lorasmith.adapters import HRAConfig as HRAConfig
     from lorasmith.adapters import IA3Config as IA3Config
     from lorasmith.adapters import IA3FFConfig as IA3FFConfig
+    from lorasmith.adapters import LoHaConfig as LoHaConfig
+    from lorasmith.adapters import LoKrConfig as LoKrConfig
     from lorasmith.adapters import LoRAConfig as LoRAConfig
+    from lorasmith.adapters import LoRAXSConfig as LoRAXSConfig
+    from lorasmith.adapters import MiSSConfig as MiSSConfig
+    from lorasmith.adapters import OFTConfig as OFTConfig
+    from lorasmith.adapters import RoAdConfig as RoAdConfig
+    from lorasmith.adapters import VeRAConfig as VeRAConfig
     from lorasmith.core.adapter import Adapter as Adapter
     from lorasmith.core.adapter import attached as attached
     from lorasmith.core.attach import attach as attach
@@ -58,6 +89,7 @@ if TYPE_CHECKING:
     from lorasmith.core.fusing import FuseReport as FuseReport
     from lorasmith.core.fusing import fuse as fuse
     from lorasmith.core.fusing import unfuse as unfuse
+    from lorasmith.core.optim import param_groups as param_groups
     from lorasmith.core.registry import config_from_dict as config_from_dict
     from lorasmith.core.registry import register as register
     from lorasmith.core.registry import variants as variants
@@ -69,6 +101,8 @@ if TYPE_CHECKING:
     from lorasmith.io import load as load
     from lorasmith.io import read_adapter as read_adapter
     from lorasmith.io import save as save
+    from lorasmith.io.convert import Conversion as Conversion
+    from lorasmith.io.convert import convert as convert
 
 __all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import lorasmith as ls
 from lorasmith.core import lowrank
 from lorasmith.core.state import SLOT
-from lorasmith.core.variant import NewTensors
+from lorasmith.core.variant import BaseLayer, NewTensors
 from tests.contract.configurations import CONFIGURATIONS
-from tests.models import FAMILIES, Family, llama, mlp, randomise, run
+from tests.models import FAMILIES, Family, llama, main_output, mlp, randomise, run
 
 
 def _configurations() -> Iterator[Any]:
@@ -32,8 +32,9 @@ def _configurations() -> Iterator[Any]:
 
 CONFIGS = list(_configurations())
 assert len(CONFIGS) >= 10
-#: Initialisations that give the same kind of tensors need not be tried everywhere.
-FORMS = [c for c in CONFIGS if not str(c.id).endswith(("-gaussian", "-pissa_niter_4"))]
+#: Initialisations that give the same kind of tensors as another need not be tried everywhere.
+_ALIKE = ("gaussian", "orthogonal", "pissa_niter_4", "olora", "eva", "eva ranks", "corda", "loftq")
+FORMS = [c for c in CONFIGS if not str(c.id).endswith(tuple(f"-{name}" for name in _ALIKE))]
 every_config = pytest.mark.parametrize("config", CONFIGS)
 each_config = pytest.mark.parametrize("config", FORMS)
 #: The classifier is a DistilBERT too.
@@ -80,9 +81,28 @@ def assert_same(model: nn.Module, before: dict[str, Any]) -> None:
         assert after[part] == before[part], part
 
 
+def attach(model: nn.Module, config: Any, **arguments: Any) -> ls.Adapter:
+    """``ls.attach``, with calibration data for the model where the configuration needs any."""
+    if ls.variants()[config.variant].statistics(config):
+        family = FAMILIES["llama" if hasattr(model, "config") else "mlp"]
+        dtype = next(model.parameters()).dtype
+        batches = [
+            {k: v.to(dtype) if v.is_floating_point() else v for k, v in family.batch(seed).items()}
+            for seed in range(3)
+        ]
+        if family.name == "mlp":  # whatever the first layer calls its input
+            batches = [tuple(b.values()) for b in batches]  # type: ignore[misc]
+        arguments = {
+            "calibration": batches,
+            "calibration_loss": lambda output: main_output(output).float().pow(2).mean(),
+            **arguments,
+        }
+    return ls.attach(model, config, **arguments)
+
+
 def attached(family: Family, config: Any, *, act: bool = True) -> tuple[nn.Module, ls.Adapter]:
     model = family.build()
-    adapter = ls.attach(model, config)
+    adapter = attach(model, config)
     if act:
         randomise(adapter.parameters())
     return model, adapter
@@ -93,7 +113,7 @@ def attached(family: Family, config: Any, *, act: bool = True) -> tuple[nn.Modul
 def test_identity_at_the_start(family: Family, config: Any) -> None:
     model, batch = family.build(), family.batch()
     expected = run(model, batch)
-    ls.attach(model, config)
+    attach(model, config)
     torch.testing.assert_close(run(model, batch), expected, atol=1e-5, rtol=0)
     with torch.no_grad():
         torch.testing.assert_close(run(model, batch), expected, atol=1e-5, rtol=0)
@@ -105,7 +125,7 @@ def test_only_the_adapter_trains_and_all_of_it(family: Family, config: Any) -> N
     model, batch = family.build(), family.batch()
     base = dict(model.named_parameters())
     before = {n: p.detach().clone() for n, p in base.items()}
-    adapter = ls.attach(model, config)
+    adapter = attach(model, config)
     assert not any(p.requires_grad for p in base.values())
     assert all(p.requires_grad and p.dtype == torch.float32 for p in adapter.parameters())
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.05)
@@ -132,7 +152,7 @@ def test_fused_equals_hooked_and_unfuse_is_exact(family: Family, config: Any) ->
     model, batch = family.build(), family.batch()
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
     bare = run(model, batch)
-    adapter = ls.attach(model, config)
+    adapter = attach(model, config)
     randomise(adapter.parameters())
     hooked = run(model, batch)
     assert (hooked - bare).abs().max() > 1e-2, "the adapter does nothing: the test is void"
@@ -155,7 +175,7 @@ def test_detach_restores_everything(family: Family, config: Any) -> None:
     for i, module in enumerate(model.modules()):
         module.training = i % 2 == 0
     before = snapshot(model)
-    adapter = ls.attach(model, config)
+    adapter = attach(model, config)
     randomise(adapter.parameters())
     run(model, batch).sum().backward()
     ls.fuse(model)
@@ -169,7 +189,7 @@ def test_detach_restores_everything(family: Family, config: Any) -> None:
 @each_config
 def test_bf16_base_keeps_a_float32_adapter(family: Family, config: Any) -> None:
     model = family.build().to(torch.bfloat16)
-    adapter = ls.attach(model, config)
+    adapter = attach(model, config)
     batch = {
         k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in family.batch().items()
     }
@@ -199,7 +219,7 @@ def test_casting_the_model_leaves_the_adapter(config: Any) -> None:
 def test_attaching_to_a_float64_base(config: Any) -> None:
     model, batch = mlp().double(), {"input": torch.randn(2, 6, dtype=torch.float64)}
     expected = run(model, batch)
-    adapter = ls.attach(model, config)
+    adapter = attach(model, config)
     torch.testing.assert_close(run(model, batch), expected, atol=1e-5, rtol=0)
     randomise(adapter.parameters())
     hooked = run(model, batch)
@@ -211,8 +231,8 @@ def test_attaching_to_a_float64_base(config: Any) -> None:
 def test_device_follows_the_layer(config: Any) -> None:
     with torch.device("meta"):
         model = mlp()
-    adapter = ls.attach(model, config)
-    real = ls.attach(mlp(), config)
+    adapter = attach(model, config)
+    real = attach(mlp(), config)
     assert all(p.is_meta for p in adapter.parameters())
     assert adapter.num_parameters() == real.num_parameters() > 0
     ls.detach(model)
@@ -238,7 +258,7 @@ def test_failure_leaves_the_model_untouched(config: Any, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(type(variant), "new_tensors", failing)
     with pytest.raises(RuntimeError, match="third layer"):
-        ls.attach(model, config)
+        attach(model, config)
     assert_same(model, before)
 
 
@@ -252,7 +272,7 @@ def test_failure_while_putting_leaves_the_model_untouched(
 
     model, batch = llama(), FAMILIES["llama"].batch()
     if second:
-        randomise(ls.attach(model, ls.LoRAConfig(targets="q_proj"), name="old").parameters())
+        randomise(attach(model, ls.LoRAConfig(targets="q_proj"), name="old").parameters())
     before, expected = snapshot(model), run(model, batch)
     assert attaching.put is not None
     original, calls = AdapterSlot.put, 0
@@ -266,7 +286,7 @@ def test_failure_while_putting_leaves_the_model_untouched(
 
     monkeypatch.setattr(AdapterSlot, "put", failing)
     with pytest.raises(RuntimeError, match="half-way"):
-        ls.attach(model, config, name="new")
+        attach(model, config, name="new")
     assert_same(model, before)
     assert torch.equal(run(model, batch), expected)
 
@@ -313,8 +333,8 @@ def test_calls_by_keyword(config: Any) -> None:
     conv = Conv1D(8, 6)  # d_out, d_in
     nn.init.normal_(conv.bias)
     for layer, key in ((nn.Linear(6, 8), "input"), (conv, "x")):
-        model = nn.ModuleList([layer])
-        ls.attach(model, config)
+        model = nn.Sequential(layer)
+        attach(model, config)
         randomise(ls.attached(model)["default"].parameters())
         x = torch.randn(2, 3, 6)
         expected = model[0](x)
@@ -344,7 +364,7 @@ def test_gradient_checkpointing(config: Any, reentrant: bool) -> None:
     from torch.utils.checkpoint import checkpoint
 
     model = mlp().train()
-    adapter = ls.attach(model, _with_dropout(config))
+    adapter = attach(model, _with_dropout(config))
     randomise(adapter.parameters())
     x = torch.randn(4, 6, requires_grad=True)
     torch.manual_seed(3)
@@ -361,11 +381,12 @@ def test_gradient_checkpointing(config: Any, reentrant: bool) -> None:
 @each_config
 def test_compile_has_no_graph_break(config: Any) -> None:
     torch._dynamo.reset()
-    if "rank_pattern" in {f.name for f in dataclasses.fields(config)}:
-        # Patterns are matched when the adapter is made, never inside the graph.
-        config = dataclasses.replace(config, rank_pattern={"0": 3}, alpha_pattern={"2": 1.5})
+    # Patterns are matched when the adapter is made, never inside the graph.
+    patterns = {"rank_pattern": {"0": 3}, "alpha_pattern": {"2": 1.5}}
+    fields = {f.name for f in dataclasses.fields(config)}
+    config = dataclasses.replace(config, **{n: p for n, p in patterns.items() if n in fields})
     model = mlp().train()
-    adapter = ls.attach(model, config)
+    adapter = attach(model, config)
     randomise(adapter.parameters())
     x = torch.randn(4, 6, requires_grad=True)
     expected = model(x)
@@ -484,7 +505,7 @@ class _Moody(nn.Linear):
 def test_an_exception_in_the_layer_leaves_no_state(config: Any) -> None:
     layer = _Moody(6, 8)
     model = nn.Sequential(layer, nn.Linear(8, 5))
-    randomise(ls.attach(model, config).parameters())
+    randomise(attach(model, config).parameters())
     x, other = torch.randn(2, 6, requires_grad=True), torch.randn(3, 6, requires_grad=True)
     expected = model(other)
     layer.failing = True
@@ -496,7 +517,8 @@ def test_an_exception_in_the_layer_leaves_no_state(config: Any) -> None:
 
 
 @each_config
-def test_relu_in_place_behind_the_layer(config: Any) -> None:
+@pytest.mark.parametrize("watched", [False, True], ids=["alone", "with a hook of the user"])
+def test_relu_in_place_behind_the_layer(config: Any, watched: bool) -> None:
     plain, inplace = (
         nn.Sequential(
             nn.Linear(6, 8), nn.ReLU(inplace=flag), nn.Linear(8, 5), nn.ReLU(inplace=flag)
@@ -507,9 +529,12 @@ def test_relu_in_place_behind_the_layer(config: Any) -> None:
     gradients = []
     for model in (plain, inplace):
         torch.manual_seed(0)
-        adapter = ls.attach(model, config)
+        adapter = attach(model, config)
+        if watched:
+            for layer in (model[0], model[2]):
+                layer.register_forward_hook(lambda *_: None)
         randomise(adapter.parameters())
-        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        x = torch.randn(2, 2, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
         model(x).pow(2).sum().backward()
         gradients.append(_gradients(adapter, x))
     torch.testing.assert_close(gradients[0], gradients[1])
@@ -535,7 +560,7 @@ _HOOKS: dict[str, Callable[[nn.Module, list[Tensor]], Any]] = {
 def test_hooks_of_the_user(config: Any, kind: str, early: bool) -> None:
     """They neither lose the adapter's contribution nor see tensors change afterwards."""
     model = mlp()
-    adapter = ls.attach(model, config)
+    adapter = attach(model, config)
     randomise(adapter.parameters())
     values = adapter.state_dict()
     x = torch.randn(3, 6, requires_grad=True)
@@ -546,7 +571,7 @@ def test_hooks_of_the_user(config: Any, kind: str, early: bool) -> None:
     model, seen = mlp(), []
     if early:
         _HOOKS[kind](model[2], seen)  # type: ignore[index]
-    adapter = ls.attach(model, config)
+    adapter = attach(model, config)
     adapter.load_state_dict(values)
     if not early:
         _HOOKS[kind](model[2], seen)  # type: ignore[index]
@@ -562,7 +587,7 @@ def test_hooks_of_the_user(config: Any, kind: str, early: bool) -> None:
 @pytest.mark.parametrize("early", [True, False], ids=["before attach", "after attach"])
 def test_an_input_shared_by_a_learnable_offset(config: Any, early: bool) -> None:
     """A gradient that autograd hands to two readers must not be written on."""
-    gradients = []
+    gradients, values = [], {}
     for reference in (True, False):
         model = mlp()
         leaf = torch.full((3, 8), 0.3, requires_grad=True)
@@ -575,18 +600,22 @@ def test_an_input_shared_by_a_learnable_offset(config: Any, early: bool) -> None
         if early and not reference:
             last.register_forward_pre_hook(add)
         torch.manual_seed(0)
-        adapter = ls.attach(model, config)
+        adapter = attach(model, config)
         randomise(adapter.parameters())
+        # Calibration has seen the hook, or not.
+        values = adapter.state_dict() if reference else values
+        adapter.load_state_dict(values)
         if not (early or reference):
             last.register_forward_pre_hook(add)
         x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
         if not reference:
             y = model(x)
-        elif early or not adapter.layers()["2"].constants.get("on_input"):
+        elif early or not ls.variants()[config.variant].transforms_input:
             y = last(middle(first(x)) + offset)
         else:  # a hook that comes later sees what the layer is given, so it adds to that
-            gain = adapter.layers()["2"]["gain"]
-            y = last(middle(first(x)) + offset / gain)
+            part = adapter.layers()["2"]
+            given, _ = part.variant.before(part, torch.eye(8), BaseLayer(last, part.info))
+            y = last(middle(first(x)) + offset @ torch.linalg.inv(given.detach()))
         y.pow(2).sum().backward()
         assert leaf.grad is not None
         gradients.append(leaf.grad)
@@ -609,7 +638,7 @@ class _Twice(nn.Module):
 def test_shared_modules(config: Any) -> None:
     model = _Twice()
     before = snapshot(model)
-    adapter = ls.attach(model, config)
+    adapter = attach(model, config)
     assert adapter.targets == ("a",)
     randomise(adapter.parameters())
     x = torch.randn(3, 6)
@@ -644,7 +673,7 @@ def test_odd_shapes(config: Any) -> None:
 @each_config
 def test_training_mode_reaches_the_adapter(config: Any) -> None:
     model = mlp()
-    adapter = ls.attach(model, config)
+    adapter = attach(model, config)
     for mode in (True, False, True):
         model.train(mode)
         assert all(part.training is mode for part in adapter.layers().values())
@@ -674,7 +703,7 @@ def test_state_dict_round_trip(config: Any) -> None:
 def test_bf16_training_moves_every_value(config: Any) -> None:
     """A step of 1e-4 on a gain of 1.0 rounds to nothing in bfloat16."""
     model = mlp().to(torch.bfloat16)
-    adapter = ls.attach(model, config)
+    adapter = attach(model, config)
     randomise(adapter.parameters(), scale=0.05)
     before = {n: p.detach().clone() for n, p in adapter.named_parameters()}
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4, weight_decay=0.0)
@@ -692,7 +721,7 @@ def test_bf16_training_moves_every_value(config: Any) -> None:
 def test_attached_in_inference_mode_it_can_still_be_trained(config: Any) -> None:
     model = mlp()
     with torch.inference_mode():
-        adapter = ls.attach(model, config)
+        adapter = attach(model, config)
     model(torch.randn(2, 6)).sum().backward()
     assert all(p.grad is not None for p in adapter.parameters())
 
@@ -738,7 +767,7 @@ def test_plain_and_fast_path_agree(config: Any, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(lowrank, "SMALL", small)
         model = mlp().train()
         torch.manual_seed(0)
-        adapter = ls.attach(model, _with_dropout(config))
+        adapter = attach(model, _with_dropout(config))
         randomise(adapter.parameters())
         x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
         torch.manual_seed(5)

@@ -22,6 +22,8 @@ from transformers import (
 
 import lorasmith as ls
 
+#: Variants whose defaults fit every model; ``test_every_variant.py`` tries all of them.
+PLAIN = ("dora", "ia3", "ia3_ff", "lora", "vera")
 TOKENS = torch.arange(14).reshape(2, 7)
 
 
@@ -97,7 +99,11 @@ def stir(parameters: Any, scale: float = 0.1) -> None:
 
 def attached(model: Any, config: Any = None, name: str = "default") -> ls.Adapter:
     """An adapter with noise in it."""
-    adapter = ls.attach(model, config or ls.LoRAConfig(r=4), name=name)
+    config = config or ls.LoRAConfig(r=4)
+    more: dict[str, Any] = {}
+    if ls.variants()[config.variant].statistics(config):
+        more["calibration"] = [{"input_ids": TOKENS}]
+    adapter = ls.attach(model, config, name=name, **more)
     stir(adapter.parameters())
     return adapter
 

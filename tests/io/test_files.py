@@ -36,7 +36,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 # -- what must hold ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", sorted(ls.variants()))
+@pytest.mark.parametrize("variant", support.PLAIN)
 def test_every_variant_comes_back_bit_for_bit(variant: str, tmp_path: Path) -> None:
     model = support.llama()
     config = ls.variants()[variant].config_class()
@@ -60,6 +60,22 @@ def test_every_variant_comes_back_bit_for_bit(variant: str, tmp_path: Path) -> N
     third = support.llama()
     ls.load(third, tmp_path / "b")
     assert torch.equal(support.logits(third), want)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "a\ud800b", "x" * 300, 5, b"a"])
+def test_what_cannot_be_a_path(path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = support.llama()
+    support.attached(model)
+    for call in (
+        lambda: ls.save(model, path),
+        lambda: ls.read_adapter(path),
+        lambda: ls.load(model, path),
+        lambda: ls.factors(path),
+    ):
+        with pytest.raises(AdapterFileError):
+            call()
+    assert not list(tmp_path.glob("[!.]*"))
 
 
 def test_special_values_survive(tmp_path: Path) -> None:
@@ -713,7 +729,7 @@ class Odd(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("variant", sorted(ls.variants()))
+@pytest.mark.parametrize("variant", support.PLAIN)
 def test_models_that_are_not_transformers(variant: str, tmp_path: Path) -> None:
     torch.manual_seed(3)
     model = Odd()

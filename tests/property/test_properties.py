@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -11,8 +12,11 @@ import lorasmith as ls
 from lorasmith.adapters.dora import factored_squared_norms
 from lorasmith.core import lowrank
 from lorasmith.core.variant import Factors
+from lorasmith.errors import ConfigError
 from tests.models import randomise
 
+#: Variants that start without calibration data.
+WITHOUT_DATA = sorted(n for n, v in ls.variants().items() if not v.statistics(v.config_class()))
 sizes = st.integers(1, 12)
 ranks = st.integers(1, 6)
 seeds = st.integers(0, 2**16)
@@ -48,13 +52,14 @@ def test_factored_norms_equal_dense_ones(
     torch.testing.assert_close(got, (w + s * b @ a).square().sum(1), atol=1e-8, rtol=1e-9)
 
 
-@settings(max_examples=40)
+@pytest.mark.filterwarnings("ignore:The block size asked for:UserWarning")
+@settings(max_examples=100)
 @given(
     sizes,
     sizes,
     ranks,
     seeds,
-    st.sampled_from(sorted(ls.variants())),
+    st.sampled_from(WITHOUT_DATA),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     st.booleans(),
 )
@@ -67,7 +72,11 @@ def test_fusing_is_the_same_function_and_unfusing_exact(
     x = torch.randn(3, d_in, dtype=dtype)
     bare = model(x)
     values = {"variant": variant} | ({"r": r} if variant in ("lora", "dora") else {})
-    randomise(ls.attach(model, ls.config_from_dict(values)).parameters(), scale=0.3)
+    try:
+        adapter = ls.attach(model, ls.config_from_dict(values))
+    except ConfigError:
+        reject()  # e.g. more singular vectors than the layer has, an odd size for pairs
+    randomise(adapter.parameters(), scale=0.3)
     hooked = model(x)
     ls.fuse(model)
     tolerance = 0.1 if dtype == torch.bfloat16 else 1e-4

@@ -26,7 +26,8 @@ Deviations from the paper and PEFT: dropout acts on the low-rank path alone (PEF
 drops the base path's input, which would make the frozen layer noisy). A zero row of W has
 no direction and stays zero (PEFT: NaN).
 
-Needs W in plain form (its rows' norms); fuses exactly up to rounding.
+Needs W (its rows' norms): a quantised layer is dequantised anew whenever the norms are.
+Fuses exactly up to rounding.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ from torch.autograd.function import once_differentiable
 
 from lorasmith.adapters.lora import LoRA, LoRAConfig, low_rank_fields, scaling
 from lorasmith.core import lowrank
-from lorasmith.core.config import LowRankConfig
 from lorasmith.core.hooks import owns_output
 from lorasmith.core.layers import LayerInfo
 from lorasmith.core.variant import (
+    Affine,
     BaseLayer,
     Factors,
     LayerState,
@@ -65,7 +66,7 @@ _BLOCK = (2**24, 2**17)
 
 @dataclass(frozen=True, kw_only=True)
 class DoRAConfig(LoRAConfig):
-    """Configuration of DoRA; the fields are those of ``LowRankConfig``."""
+    """Configuration of DoRA; the fields are those of ``LoRAConfig``."""
 
     variant: ClassVar[str] = "dora"
 
@@ -185,12 +186,16 @@ class DoRA(LoRA):
     config_class = DoRAConfig
     formula = "y = m / ‖W + s B A‖ ∘ (W + s B A) x"
 
-    def weight_use(self, config: LowRankConfig) -> WeightUse:
+    def weight_use(self, config: LoRAConfig) -> WeightUse:
         return "always"
 
-    def new_tensors(self, base: BaseLayer, config: LowRankConfig) -> NewTensors:
+    def new_tensors(self, base: BaseLayer, config: LoRAConfig) -> NewTensors:
         low_rank = super().new_tensors(base, config)
         weight = base.weight
+        if config.initialisation.corrects and "B0" not in low_rank.frozen:
+            tensors = {**low_rank.frozen, **low_rank.trainable}
+            s = config.scaling_of(base.info.name)
+            weight = weight.to(_wide(weight)) + s * tensors["B"] @ tensors["A"]
         norms = torch.linalg.vector_norm(weight, dim=1, dtype=_wide(weight)).to(torch.float32)
         return NewTensors({**low_rank.trainable, "magnitude": norms}, low_rank.frozen)
 
@@ -210,7 +215,6 @@ class DoRA(LoRA):
 
     def _norms(self, state: LayerState, base: BaseLayer) -> Tensor:
         """c [d_out], a constant as far as autograd is concerned."""
-        weight = base.weight
         A, B = (t.detach() for t in self.factors(state).stacked())
         compiling = lowrank.plain(A)
         cache: dict[str, Any] = {} if compiling else getattr(state, "cache", {})
@@ -218,12 +222,14 @@ class DoRA(LoRA):
         # some optimisers and averaging tools write ``parameter.data`` without telling
         # autograd, and to look at the values (cheap beside W Aᵀ) would stall a device.
         keep = not (torch.is_grad_enabled() or compiling) and A.device.type == "cpu"
-        key = (weight.data_ptr(), weight._version, *map(_fingerprint, (A, B))) if keep else None
+        key = (base.weight_version, *map(_fingerprint, (A, B))) if keep else None
         if keep and cache.get("key") == key:
             norms: Tensor = cache["norms"]
             return norms
+        weight = base.weight  # of a quantised layer a copy, so only where it is needed
         with torch.no_grad(), _no_autocast(weight):
-            squared = self._squared(weight, cache, compiling)
+            version = None if compiling else base.weight_version
+            squared = self._squared(weight, version, cache)
             s = scaling(state)
             sums = factored_squared_norms(squared, weight, A, B, s)
             if not compiling and sums.device.type == "cpu":
@@ -241,16 +247,15 @@ class DoRA(LoRA):
         return norms
 
     @staticmethod
-    def _squared(weight: Tensor, cache: dict[str, Any], compiling: bool) -> Tensor:
+    def _squared(weight: Tensor, version: tuple[int, ...] | None, cache: dict[str, Any]) -> Tensor:
         """‖W_i‖² [d_out] in float32 (or float64), kept while W stays the same."""
         wide = _wide(weight)
-        key = None if compiling else (weight.data_ptr(), weight._version)
-        if key is not None and cache.get("weight_key") == key:
+        if version is not None and cache.get("weight_key") == version:
             kept: Tensor = cache["squared"]
             return kept
         squared: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
-        if key is not None:
-            cache.update(weight_key=key, squared=squared)
+        if version is not None:
+            cache.update(weight_key=version, squared=squared)
         return squared
 
     def effective_weight(self, state: LayerState, weight: Tensor) -> Tensor:
@@ -265,16 +270,25 @@ class DoRA(LoRA):
             low_rank.A, low_rank.B, low_rank.scaling, low_rank.A0, low_rank.B0, exact=False
         )
 
+    def affine(self, state: LayerState, base: BaseLayer) -> Affine | None:
+        config: LoRAConfig = state.config  # type: ignore[assignment]
+        if state.training and config.dropout:
+            return None
+        low_rank, m = self.factors(state), state["magnitude"]
+        gain = m * _inverse(self._norms(state, base)).to(m.dtype)
+        shift = None if base.bias is None else base.bias.to(m.dtype) * (1 - gain)
+        return Affine(*low_rank.stacked(), low_rank.scaling, gain=gain, shift=shift)
+
     # -- files -----------------------------------------------------------------------
 
-    def shapes(self, config: LowRankConfig, info: LayerInfo) -> dict[str, tuple[int, ...]]:
+    def shapes(self, config: LoRAConfig, info: LayerInfo) -> dict[str, tuple[int, ...]]:
         return {**super().shapes(config, info), "magnitude": (info.d_out,)}
 
-    def tensor_specs(self, config: LowRankConfig, info: LayerInfo) -> dict[str, TensorSpec]:
+    def tensor_specs(self, config: LoRAConfig, info: LayerInfo) -> dict[str, TensorSpec]:
         magnitude = TensorSpec("lora_magnitude_vector", (info.d_out,))
         return {**super().tensor_specs(config, info), "magnitude": magnitude}
 
-    def to_peft(self, config: LowRankConfig, modules: Mapping[str, LayerInfo]) -> dict[str, Any]:
+    def to_peft(self, config: LoRAConfig, modules: Mapping[str, LayerInfo]) -> dict[str, Any]:
         return {**super().to_peft(config, modules), "use_dora": True}
 
     def from_peft(self, fields: Mapping[str, Any], common: Mapping[str, Any]) -> DoRAConfig | None:

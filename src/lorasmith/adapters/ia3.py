@@ -28,6 +28,7 @@ from lorasmith.core.config import AdapterConfig, Targets, as_names
 from lorasmith.core.layers import LayerInfo, device_of
 from lorasmith.core.patterns import matches_name, matches_regex
 from lorasmith.core.variant import (
+    Affine,
     BaseLayer,
     Carry,
     LayerState,
@@ -109,6 +110,11 @@ class IA3(Variant):
         if state.constants["on_input"]:
             return bias
         return bias * state["gain"].detach().to(bias.dtype)
+
+    def affine(self, state: LayerState, base: BaseLayer) -> Affine:
+        if state.constants["on_input"]:
+            return Affine(input_gain=state["gain"])
+        return Affine(gain=state["gain"])
 
     # -- files -----------------------------------------------------------------------
 

@@ -10,8 +10,13 @@ Sources: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (a
     y [d_out]    output                      B [d_out, r]   trainable
     W, b         frozen                      s              alpha / r, or alpha / √r (rslora)
 
-Identity at t = 0: B starts at zero, or (``init="pissa"``) what acts is s (B A − B0 A0)
-with B = B0 and A = A0, see ``lorasmith.init``.
+Identity at t = 0: B starts at zero, or (``init="pissa"`` and others) what acts is
+s (B A − B0 A0) with B = B0 and A = A0, see ``lorasmith.init``. The one exception is
+``init="loftq"`` on a quantised layer, which starts closer to the unquantised layer.
+
+LoRA-FA (Zhang et al. 2023, "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language
+Models Fine-tuning", arXiv 2308.03303, section 3) is ``train_A=False``: A stays as it starts,
+and with it x, which only the gradient of A needs, is not kept for the backward pass.
 
 ΔW = s B A, whatever W is: works on quantised layers, fuses exactly up to rounding.
 
@@ -24,8 +29,8 @@ configuration that names it would make PEFT move the base weights again.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -43,8 +48,8 @@ from lorasmith.core.variant import (
     Variant,
     WeightUse,
 )
-from lorasmith.errors import UnsupportedFeatureError
-from lorasmith.init import get_initialisation
+from lorasmith.errors import ConfigError, UnsupportedFeatureError
+from lorasmith.init import Initialisation, get_initialisation
 from lorasmith.init.types import Shape
 
 __all__ = ["LoRA", "LoRAConfig"]
@@ -52,13 +57,39 @@ __all__ = ["LoRA", "LoRAConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig(LowRankConfig):
-    """Configuration of LoRA; the fields are those of ``LowRankConfig``."""
+    """Configuration of LoRA: the fields of ``LowRankConfig``, and these.
+
+    Args:
+        init_options: Options of the initialisation by name, e.g. ``{"mode": "kpm"}`` for
+            ``init="corda"``; see its file in ``lorasmith.init``.
+        train_A: Whether A is trained. If not (LoRA-FA), it stays as it starts.
+    """
 
     variant: ClassVar[str] = "lora"
 
+    init_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    train_A: bool = True  # noqa: N815 - the matrix is A
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        get_initialisation(self.init)
+        options: object = self.init_options
+        if not isinstance(options, Mapping) or not all(isinstance(k, str) for k in options):
+            raise ConfigError(
+                "init_options is not a mapping of names.",
+                expected="{option: value}",
+                got=repr(options),
+                key="init_options",
+            )
+        self._set("init_options", dict(options))
+        flag: object = self.train_A
+        if not isinstance(flag, bool):
+            raise ConfigError("train_A is neither true nor false.", got=repr(flag), key="train_A")
+        self.initialisation  # noqa: B018 - raises if there is none of that name
+
+    @property
+    def initialisation(self) -> Initialisation:
+        """How A and B start."""
+        return get_initialisation(self.init, self.init_options)
 
 
 class LoRA(Variant):
@@ -79,24 +110,38 @@ class LoRA(Variant):
     formula = "y = W x + s B A x"
     faster = ("B",)
 
-    def weight_use(self, config: LowRankConfig) -> WeightUse:
-        return "start" if config.init.startswith("pissa") else "never"
+    def weight_use(self, config: LoRAConfig) -> WeightUse:
+        return "start" if config.initialisation.reads_weight else "never"
 
-    def new_tensors(self, base: BaseLayer, config: LowRankConfig) -> NewTensors:
+    def statistics(self, config: LoRAConfig) -> frozenset[str]:
+        return config.initialisation.statistics(max((config.r, *config.rank_pattern.values())))
+
+    def corrects(self, config: LoRAConfig) -> bool:
+        return config.initialisation.corrects
+
+    def adjust(self, config: LoRAConfig, bases: Sequence[BaseLayer]) -> LoRAConfig:
+        adjusted: LoRAConfig = config.initialisation.adjust(config, bases)
+        return adjusted
+
+    def new_tensors(self, base: BaseLayer, config: LoRAConfig) -> NewTensors:
         info = base.info
-        shape = Shape(info.d_out, info.d_in, device_of(base.module))
-        start = get_initialisation(config.init)(
-            lambda: base.weight, shape, config.rank_of(info.name), config.scaling_of(info.name)
+        start = config.initialisation(
+            lambda: base.weight,
+            Shape(info.d_out, info.d_in, device_of(base.module)),
+            config.rank_of(info.name),
+            config.scaling_of(info.name),
+            base.statistics,
         )
-        trainable = {"A": start.A, "B": start.B}
         frozen = {"A0": start.A, "B0": start.B} if start.takes_over else {}
-        return NewTensors(trainable, frozen)
+        if not config.train_A:
+            return NewTensors({"B": start.B}, {"A": start.A, **frozen})
+        return NewTensors({"A": start.A, "B": start.B}, frozen)
 
-    def constants(self, config: LowRankConfig, info: LayerInfo) -> dict[str, Any]:
+    def constants(self, config: LoRAConfig, info: LayerInfo) -> dict[str, Any]:
         return {"scaling": config.scaling_of(info.name)}
 
     def before(self, state: LayerState, x: Tensor, base: BaseLayer) -> tuple[Tensor, Tensor]:
-        config: LowRankConfig = state.config  # type: ignore[assignment]
+        config: LoRAConfig = state.config  # type: ignore[assignment]
         return lowrank.down(
             x,
             state["A"],
@@ -132,21 +177,22 @@ class LoRA(Variant):
 
     # -- files -----------------------------------------------------------------------
 
-    def shapes(self, config: LowRankConfig, info: LayerInfo) -> dict[str, tuple[int, ...]]:
+    def shapes(self, config: LoRAConfig, info: LayerInfo) -> dict[str, tuple[int, ...]]:
         rank = config.rank_of(info.name)
-        return {"A": (rank, info.d_in), "B": (info.d_out, rank)}
+        trained = {"A": (rank, info.d_in)} if config.train_A else {}
+        return {**trained, "B": (info.d_out, rank)}
 
-    def tensor_specs(self, config: LowRankConfig, info: LayerInfo) -> dict[str, TensorSpec]:
-        shapes = self.shapes(config, info)
+    def tensor_specs(self, config: LoRAConfig, info: LayerInfo) -> dict[str, TensorSpec]:
+        rank = config.rank_of(info.name)
         return {
-            "A": TensorSpec("lora_A.weight", shapes["A"]),
-            "B": TensorSpec("lora_B.weight", shapes["B"]),
+            "A": TensorSpec("lora_A.weight", (rank, info.d_in)),
+            "B": TensorSpec("lora_B.weight", (info.d_out, rank)),
         }
 
     def sizes_from_file(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
         return shapes["lora_A.weight"][1], shapes["lora_B.weight"][0]
 
-    def file_config(self, config: LowRankConfig, frozen: Collection[str]) -> LowRankConfig:
+    def file_config(self, config: LoRAConfig, frozen: Collection[str]) -> LoRAConfig:
         return doubled(config) if "A0" in frozen else config
 
     def to_file(self, state: LayerState) -> dict[str, Tensor]:
@@ -156,17 +202,20 @@ class LoRA(Variant):
         return tensors
 
     def from_file(
-        self, config: LowRankConfig, info: LayerInfo, tensors: Mapping[str, Tensor]
+        self, config: LoRAConfig, info: LayerInfo, tensors: Mapping[str, Tensor]
     ) -> NewTensors:
         found = {n: tensors[s.key] for n, s in self.tensor_specs(config, info).items()}
         rank, A, B = config.rank_of(info.name), found["A"], found["B"]
-        if A.shape[0] != 2 * rank:
-            return NewTensors(found)
-        # [A; A0], [B, −B0]; changing a sign twice loses nothing.
-        trainable = {**found, "A": A[:rank], "B": B[:, :rank]}
-        return NewTensors(trainable, {"A0": A[rank:], "B0": -B[:, rank:]})
+        frozen = {}
+        if A.shape[0] == 2 * rank:
+            # [A; A0], [B, −B0]; changing a sign twice loses nothing.
+            found.update(A=A[:rank], B=B[:, :rank])
+            frozen = {"A0": A[rank:], "B0": -B[:, rank:]}
+        if not config.train_A:
+            frozen["A"] = found.pop("A")
+        return NewTensors(found, frozen)
 
-    def to_peft(self, config: LowRankConfig, modules: Mapping[str, LayerInfo]) -> dict[str, Any]:
+    def to_peft(self, config: LoRAConfig, modules: Mapping[str, LayerInfo]) -> dict[str, Any]:
         return {
             "r": config.r,
             "lora_alpha": config.alpha,
@@ -241,7 +290,7 @@ def low_rank_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def doubled(config: LowRankConfig) -> LowRankConfig:
+def doubled(config: LoRAConfig) -> LoRAConfig:
     """The configuration of a pair of rank 2r that has the same scaling s."""
     from dataclasses import replace
 

@@ -106,6 +106,14 @@ COMMANDS = {
         "lorasmith.cli.info:info",
         "Describe a base model or an adapter. No weights are loaded.",
     ),
+    "variants": (
+        "lorasmith.cli.variants:variants",
+        "List the adapter families: formula, parameters on a model, and what each can do.",
+    ),
+    "convert": (
+        "lorasmith.cli.convert:convert",
+        "Turn an adapter into the nearest plain LoRA, and say how near it is.",
+    ),
     "demo": (
         "lorasmith.cli.demo:demo",
         "Fine-tune a language model, and measure what it learned and what it forgot.",

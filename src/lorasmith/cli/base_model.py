@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
+from lorasmith.training.config import Quantization
+
 __all__ = ["BaseModel", "BaseModelOptions"]
 
 _GROUP = Group("Model options", sort_key=50)
@@ -23,6 +25,10 @@ class BaseModel:
         "auto"
     )
     """dtype of the base model."""
+
+    quantize: Annotated[Quantization | None, Parameter(group=_GROUP)] = None
+    """Quantise the base model while loading it: nf4, fp4 or int8 (bitsandbytes), int4 or
+    int8-torchao (torchao)."""
 
     device: Annotated[str, Parameter(group=_GROUP)] = "auto"
     """auto, cpu, cuda or mps."""
@@ -46,6 +52,7 @@ class BaseModel:
             device=self.device,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
+            quantize=self.quantize,
         )
         if self.adapter is not None:
             import lorasmith as ls

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lorasmith.cli.output import Common, CommonOptions, emit, grid, session
 
-__all__ = ["adapter_info", "info", "model_info"]
+__all__ = ["adapter_info", "info", "model_info", "outline"]
 
 
 def info(
@@ -65,19 +65,20 @@ def shown(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def model_info(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> dict[str, Any]:
-    """Sizes of a base model, from its configuration and a model without storage."""
+def outline(name: str, config: Any, *, trust_remote_code: bool = False) -> Any:
+    """A causal language model without storage (meta device), from its configuration alone.
+
+    Args:
+        name: What the user calls it, for messages.
+        config: Its Transformers configuration.
+        trust_remote_code: Whether code that comes with it may run.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     from lorasmith.errors import ModelError
-    from lorasmith.training.models import load_config, quiet, resolve_model
+    from lorasmith.training.models import quiet
 
-    resolved = resolve_model(name, revision=revision)
-    config = load_config(resolved, trust_remote_code=trust_remote_code)
-    text = config.get_text_config()
     try:
         with quiet(), torch.device("meta"):
             make: Any = AutoModelForCausalLM.from_config
@@ -89,6 +90,19 @@ def model_info(
             got=str(config.model_type),
         ) from error
     model.tie_weights()
+    return model
+
+
+def model_info(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Sizes of a base model, from its configuration and a model without storage."""
+    from lorasmith.training.models import load_config, resolve_model
+
+    resolved = resolve_model(name, revision=revision)
+    config = load_config(resolved, trust_remote_code=trust_remote_code)
+    text = config.get_text_config()
+    model = outline(name, config, trust_remote_code=trust_remote_code)
     heads = getattr(text, "num_attention_heads", None)
     hidden = getattr(text, "hidden_size", None)
     head_dim = getattr(text, "head_dim", None)
@@ -119,6 +133,7 @@ def model_info(
 def adapter_info(path: Path) -> dict[str, Any]:
     """What an adapter is and which layers it sits on."""
     import lorasmith as ls
+    from lorasmith.core.config import LowRankConfig
 
     weights = ls.read_adapter(path)
     folder = weights.path or path
@@ -141,8 +156,9 @@ def adapter_info(path: Path) -> dict[str, Any]:
         "targets": config.get("targets"),
         "bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
     }
-    if "r" in config:
-        ranks = Counter(f.A.shape[0] for f in weights.factors.values())
+    if isinstance(weights.config, LowRankConfig):
+        # What reading has compared with the tensors' shapes.
+        ranks = Counter(weights.config.rank_of(name) for name in weights.modules)
         found["ranks"] = {str(rank): count for rank, count in sorted(ranks.items())}
     if weights.unsupported is not None:
         found["cannot_be_loaded"] = weights.unsupported

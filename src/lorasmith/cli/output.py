@@ -66,6 +66,10 @@ _MISTAKES = (
     UnknownNameError,
 )
 
+#: Loggers of libraries that report, when Transformers imports them, which of their kernels
+#: this machine lacks.
+_CHATTER = ("bitsandbytes", "torch.utils._pytree", "torchao")
+
 _GROUP = Group("Common options", sort_key=100)
 
 
@@ -81,6 +85,10 @@ class Common:
 
     debug: Annotated[bool, Parameter(negative="", group=_GROUP)] = False
     """Show where an error comes from. The same as LORASMITH_DEBUG=1."""
+
+    plugin: Annotated[tuple[str, ...], Parameter(group=_GROUP)] = ()
+    """Python file or module to import first, e.g. with a variant of your own. LORASMITH_PLUGINS
+    names some for every command."""
 
 
 #: The annotation with which a command takes them.
@@ -115,16 +123,23 @@ class _Messages(logging.Handler):
 
 @contextlib.contextmanager
 def session(common: Common) -> Iterator[None]:
-    """Messages and warnings to stderr for the time of a command.
+    """Messages and warnings to stderr for the time of a command, and plugins at its start.
 
     With ``--json`` whatever a library prints goes to stderr as well.
     """
+    from lorasmith.cli.plugins import load_plugins
+
     logger = logging.getLogger("lorasmith")
     handler = _Messages()
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING if common.quiet else logging.INFO)
     logger.propagate = False
+    others = {name: logging.getLogger(name) for name in _CHATTER}
+    levels = {name: other.level for name, other in others.items()}
+    if not debugging(common.debug):
+        for other in others.values():
+            other.setLevel(logging.ERROR)
     shown: set[str] = set()
 
     def show(
@@ -150,11 +165,14 @@ def session(common: Common) -> Iterator[None]:
             warnings.showwarning = show
             if common.json:
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            load_plugins(common.plugin)
             yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
+        for name, other in others.items():
+            other.setLevel(levels[name])
 
 
 def emit(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.config import AdapterConfig
+from lorasmith.core.mixing import Mix, Plan, Rows, describe, layer_plan, names_in, saved_plan
 from lorasmith.core.state import LayerAdapter, saved_modules, slots
 from lorasmith.errors import AttachError, ConfigError, UnknownNameError
 
@@ -26,12 +27,13 @@ class ModelState:
     Attributes:
         requires_grad: Flags of the base parameters before the first adapter came.
         configs: Adapter name → configuration, in the order of attaching.
-        active: Name of the adapter in use, or ``None`` for the base model.
+        active: What is in use: the name of an adapter, a mix, one for each row, or ``None``
+            for the base model.
     """
 
     requires_grad: dict[str, bool]
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
-    active: str | None = None
+    active: Plan = None
 
 
 def check_name(name: str) -> str:
@@ -80,14 +82,21 @@ def set_state(model: nn.Module, state: ModelState | None) -> None:
         model.__dict__[_STATE] = state
 
 
-def activate(root: nn.Module, state: ModelState, name: str | None) -> None:
-    """Makes one adapter (or none) act, on every layer and every module trained as a whole."""
+def activate(root: nn.Module, state: ModelState, plan: Plan) -> None:
+    """Makes a plan act, on every layer and every module trained as a whole."""
     for _, _, slot in slots(root):
-        part = None if name is None else slot.get(name)
-        slot.set_live(() if part is None else (part,))
+        if isinstance(plan, Mix | Rows):
+            slot.set_plan(layer_plan(plan, slot))
+        else:
+            part = None if plan is None else slot.get(plan)
+            slot.set_live(() if part is None else (part,))
     for _, _, saved in saved_modules(root):
-        saved.live = name if name is not None and saved.get(name) is not None else None
-    state.active = name
+        if isinstance(plan, Mix | Rows):
+            saved.live, saved.plan = None, saved_plan(plan, saved)
+        else:
+            saved.plan = None
+            saved.live = plan if plan is not None and saved.get(plan) is not None else None
+    state.active = plan
 
 
 class Adapter:
@@ -157,10 +166,15 @@ class Adapter:
         return sum(p.numel() for p in self.parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """``"<module>.<tensor>"`` → value, detached, frozen tensors included."""
+        """``"<module>.<tensor>"`` → value, detached, frozen tensors included.
+
+        What all layers share is there once, as ``"shared.<tensor>"``.
+        """
         values = {}
         for module, part in self.layers().items():
             values.update({f"{module}.{n}": t.detach() for n, t in part.tensors()})
+            if part.shared is not None:
+                values.update({f"shared.{n}": t for n, t in part.shared.named_buffers()})
         for module, copy in self.saved_modules().items():
             values.update({f"{module}.{n}": t.detach() for n, t in copy.state_dict().items()})
         return values
@@ -220,20 +234,21 @@ def get_adapter(model: nn.Module, name: str | None) -> Adapter:
     """The adapter of that name; with ``None`` the active one, or the only one.
 
     Raises:
-        UnknownNameError: If there is none of that name, or ``None`` does not say which.
+        UnknownNameError: If there is none of that name, or ``None`` does not say which: no
+            adapter is active, or several are (a mix, one for each row).
     """
     root = unwrap(model)
     present = attached(root)
     state = state_of(root)
     if name is None and state is not None:
-        name = state.active if state.active is not None else None
-        if name is None and len(present) == 1:
-            name = next(iter(present))
+        meant = names_in(state.active) or tuple(present)
+        if len(meant) == 1:
+            name = meant[0]
     if name is None or name not in present:
         raise UnknownNameError(
             "The model has no adapter."
             if not present
-            else "Which adapter is not clear."
+            else f"Which adapter is not clear: what acts is {_acting(state)}."
             if name is None
             else f"The model has no adapter named {name!r}.",
             expected=", ".join(present) or None,
@@ -241,3 +256,10 @@ def get_adapter(model: nn.Module, name: str | None) -> Adapter:
             fix="attach one first" if not present else "name one of those that it has",
         )
     return present[name]
+
+
+def _acting(state: ModelState | None) -> str:
+    plan = None if state is None else state.active
+    words = describe(plan)
+    kind = "a mix, " if isinstance(plan, Mix) else "by rows, " if isinstance(plan, Rows) else ""
+    return kind + (words if len(words) < 80 else words[:77] + "...")

@@ -7,14 +7,14 @@ can fail is computed before the model is touched, and what touches it can be und
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lorasmith.core import hooks
+from lorasmith.core import hooks, quantized
 from lorasmith.core.adapter import (
     Adapter,
     ModelState,
@@ -27,9 +27,11 @@ from lorasmith.core.adapter import (
     unwrap,
 )
 from lorasmith.core.config import AdapterConfig
-from lorasmith.core.fusing import fused_name, refuse_shared, unfuse
+from lorasmith.core.fusing import fused_name, fused_plan, refuse_shared, unfuse
 from lorasmith.core.layers import LayerInfo
 from lorasmith.core.lowrank import Siblings
+from lorasmith.core.mixing import Choice, Plan, describe, names_in, plan_of, without
+from lorasmith.core.originals import Originals, Source
 from lorasmith.core.registry import variant_of
 from lorasmith.core.state import (
     SAVED,
@@ -55,6 +57,8 @@ def attach(
     *,
     name: str = "default",
     calibration: Iterable[Any] | None = None,
+    calibration_loss: Callable[[Any], Tensor] | None = None,
+    originals: Source | None = None,
     dequantize: bool = False,
 ) -> Adapter:
     """Attaches a new adapter to a model and makes it the active one.
@@ -72,6 +76,11 @@ def attach(
         calibration: Batches for variants and initialisations that look at data: whatever
             the model is called with (mappings of keyword arguments, tuples of positional
             ones, or tensors). They run through the base model as it is.
+        calibration_loss: Model output → scalar loss, for initialisations that look at
+            gradients. Default: ``output.loss``.
+        originals: The unquantised weights of a quantised model, for ``init="loftq"``: the
+            directory or file it was loaded from (safetensors), a model, or a mapping of
+            tensors. Read one layer at a time; allows to dequantise, as ``dequantize`` does.
         dequantize: Whether variants that must read W may dequantise a quantised layer for
             it, one layer at a time.
 
@@ -87,9 +96,14 @@ def attach(
     variant = variant_of(config)
     check_free(root, name)
     chosen = select(root, config)
-    if not dequantize:
-        refuse_unreadable(variant, config, [c.info for c in chosen])
-    statistics = _calibrate(root, variant, config, [c.info for c in chosen], calibration)
+    infos = [c.info for c in chosen]
+    originally = _originals(variant, config, infos, originals)
+    if not dequantize and originals is None:
+        refuse_unreadable(variant, config, infos)
+    quantized.refuse_gradless(root)
+    statistics = _calibrate(root, variant, config, infos, calibration, calibration_loss)
+    for layer, original in originally.items():
+        statistics.setdefault(layer, {})["original"] = original
     parts = {}
     # Tensors made in inference mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
@@ -97,7 +111,9 @@ def attach(
         config = variant.adjust(config, bases)
         common = variant.shared_tensors(config, bases)
         shared = SharedTensors(common) if common else None
-        for base in bases:
+        while bases:
+            base = bases.pop(0)
+            statistics.pop(base.info.name, None)  # let go, one layer after another
             new = variant.new_tensors(base, config)
             parts[base.info.name] = LayerAdapter(variant, config, base.info, new, shared)
         copies = {n: trainable_copy(m) for n, m in find_modules(root, config.modules_to_save)}
@@ -121,13 +137,43 @@ def refuse_unreadable(variant: Variant, config: AdapterConfig, infos: Iterable[L
         )
 
 
+def _originals(
+    variant: Variant, config: AdapterConfig, infos: Iterable[LayerInfo], source: Source | None
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Quantised layer → what gives its original weight, where the variant corrects them."""
+    corrects = variant.corrects(config)
+    quantised = [i for i in infos if i.kind == "opaque"]
+    if source is None and corrects and quantised:
+        raise ConfigError(
+            f"{type(config).__name__} as it is configured corrects what quantising has lost, "
+            "which takes the original weights.",
+            expected="originals=the directory, file or model that was quantised",
+            got=f"{len(quantised)} quantised layers, e.g. {quantised[0].name}",
+            key="originals",
+        )
+    if source is None:
+        return {}
+    if not (corrects and quantised):
+        raise ConfigError(
+            "Original weights are given, and nothing needs them."
+            if corrects
+            else f"{type(config).__name__} as it is configured takes no original weights.",
+            expected="originals=None" if corrects else "init='loftq'",
+            got=f"{len(quantised)} quantised layers",
+            key="originals",
+        )
+    found = Originals(source)
+    return {info.name: found.of(info) for info in quantised}
+
+
 def _calibrate(
     root: nn.Module,
     variant: Variant,
     config: AdapterConfig,
     infos: Sequence[LayerInfo],
     batches: Iterable[Any] | None,
-) -> Mapping[str, Mapping[str, Any]]:
+    loss: Callable[[Any], Tensor] | None,
+) -> dict[str, dict[str, Any]]:
     """Layer → statistic → value, as far as the variant needs any."""
     wanted = variant.statistics(config)
     if not wanted:
@@ -147,7 +193,7 @@ def _calibrate(
         )
     from lorasmith.core.calibration import collect
 
-    return collect(root, infos, batches, wanted)
+    return collect(root, infos, batches, wanted, loss=loss)
 
 
 def check_free(root: nn.Module, name: str) -> None:
@@ -179,6 +225,16 @@ def check_free(root: nn.Module, name: str) -> None:
 
 def trainable_copy(module: nn.Module) -> nn.Module:
     """A copy of a module with float32 parameters that require gradients."""
+    packed = next((n for n, m in module.named_modules() if quantized.is_quantized(m)), None)
+    if packed is not None:
+        raise ConfigError(
+            "A quantised layer cannot be trained as a whole.",
+            expected="modules_to_save without quantised layers",
+            got=f"{type(module).__name__}, whose {packed or 'weight'} is quantised",
+            fix="load the base such that this module stays unquantised "
+            "(llm_int8_skip_modules, modules_to_not_convert), or adapt it instead",
+            key="modules_to_save",
+        )
     if any(p.is_meta for p in module.parameters()):
         made = copy.deepcopy(module)
     else:
@@ -215,6 +271,9 @@ def put(
         {n: p.requires_grad for n, p in root.named_parameters() if not _ours(n)}
     )
     previous_active = state.active
+    # In the order in which the model calls its layers, as far as names tell: files sort them.
+    order = {n: i for i, (n, _) in enumerate(root.named_modules())}
+    parts = {n: parts[n] for n in sorted(parts, key=order.__getitem__)}
     _introduce(parts)
     shared = next((part.shared for part in parts.values()), None)
     try:
@@ -239,6 +298,7 @@ def put(
             saved.put(name, made)
         state.configs[name] = config
         set_state(root, state)
+        quantized.prepare(root)
         adapter = Adapter(root, name).requires_grad_(trainable)
         for parameter_name in state.requires_grad:
             root.get_parameter(parameter_name).requires_grad_(False)
@@ -248,6 +308,7 @@ def put(
         _remove(root, name)
         if before is None:
             _restore_flags(root, state)
+            quantized.release(root)
             set_state(root, None)
         else:
             activate(root, state, previous_active)
@@ -299,8 +360,9 @@ def detach(model: nn.Module, name: str | None = None, *, keep_fused: bool = Fals
     """Takes an adapter, or with ``None`` all of them, off a model.
 
     The base model is left bit for bit as it was before: weights (an adapter that is
-    fused is unfused first), hooks, ``requires_grad`` flags. If the active adapter goes
-    and others stay, none is active until :func:`use` says so.
+    fused, alone or in a mix, is unfused first), hooks, ``requires_grad`` flags. If the active
+    adapter goes and others stay, none is active until :func:`use` says so; a mix that it
+    was part of goes on without its term, and rows that it acted on get the base model.
 
     Args:
         model: The model.
@@ -317,35 +379,50 @@ def detach(model: nn.Module, name: str | None = None, *, keep_fused: bool = Fals
     """
     root = unwrap(model)
     names = list(attached(root)) if name is None else [get_adapter(root, name).name]
-    fused = fused_name(root)
-    if keep_fused and fused not in names:
+    fused = fused_plan(root)
+    if keep_fused and (fused is None or not set(names_in(fused)) <= set(names)):
         raise FuseError(
-            "There is nothing to keep: no adapter that is to be detached is fused.",
+            "There is nothing to keep: no adapter that is to be detached is fused."
+            if fused is None or not set(names_in(fused)) & set(names)
+            else "What is fused is a mix with adapters that are to stay.",
             expected=" or ".join(names) or "an adapter",
-            got=fused or "nothing fused",
+            got="nothing fused" if fused is None else describe(fused),
             fix="fuse(model) first, or detach without keep_fused",
         )
-    if fused is not None and fused in names:
+    if set(names_in(fused)) & set(names):
         if keep_fused:
             _write_copies(root, fused)
+            for _, _, slot in slots(root):
+                slot.fused, slot.originals = None, {}
         else:
             unfuse(root)
     state = state_of(root)
     if state is None:
         return
+    left = without(state.active, names)
+    if fused_plan(root) is None:
+        activate(root, state, left)
     for each in names:
         _remove(root, each)
         del state.configs[each]
-        if state.active == each:
-            state.active = None
     if not state.configs:
         _restore_flags(root, state)
+        quantized.release(root)
         set_state(root, None)
 
 
-def _write_copies(root: nn.Module, name: str) -> None:
-    found = ((n, m, saved.get(name)) for n, m, saved in saved_modules(root))
+def _write_copies(root: nn.Module, fused: Plan) -> None:
+    names = names_in(fused)
+    found = [(n, m, saved.get(each)) for n, m, saved in saved_modules(root) for each in names]
     work = [(n, m, made) for n, m, made in found if made is not None]
+    if work and not isinstance(fused, str):
+        raise FuseError(
+            "A mix cannot be kept where its adapters trained whole modules: their outputs are "
+            "mixed, and no module gives such outputs.",
+            expected="one adapter, or adapters without modules_to_save",
+            got=describe(fused),
+            key=work[0][0],
+        )
     refuse_shared(root, {n for n, *_ in work})
     with torch.no_grad():
         for _, module, made in work:
@@ -357,7 +434,7 @@ def _write_copies(root: nn.Module, name: str) -> None:
 class _Use:
     """What :func:`use` returns: a context manager that may also be ignored."""
 
-    def __init__(self, root: nn.Module, previous: str | None) -> None:
+    def __init__(self, root: nn.Module, previous: Plan) -> None:
         self._root = root
         self._previous = previous
 
@@ -371,35 +448,60 @@ class _Use:
         trace: TracebackType | None,
     ) -> None:
         state = state_of(self._root)
-        if fused_name(self._root) is not None:
+        if fused_plan(self._root) is not None:
             return  # fused inside the block: what is in the weights must not act twice
-        if state is not None and (self._previous is None or self._previous in state.configs):
-            activate(self._root, state, self._previous)
+        if state is None:
+            return
+        left = without(self._previous, set(names_in(self._previous)) - set(state.configs))
+        if self._previous is None or names_in(left):  # else all of it has been detached
+            activate(self._root, state, left)
 
 
-def use(model: nn.Module, name: str | None) -> _Use:
-    """Makes one adapter act, or with ``None`` the base model alone.
+def use(model: nn.Module, choice: Choice) -> _Use:
+    """Says which adapters act: one, none, a weighted mix, or another one for each row.
 
     Takes effect at once; as a context manager (``with use(model, None): ...``) it
-    returns to the adapter that acted before.
+    returns to what acted before, whatever it was.
+
+    * ``use(model, "a")``: that adapter alone. ``use(model, None)``: the base model.
+    * ``use(model, {"a": 0.7, "b": -0.2})``: a mix, linear in what each adapter does to a
+      layer: y = y_0 + Σ w_i (y_i − y_0), for weights W + Σ w_i (W_i − W).
+    * ``use(model, ["a", None, "b"])``: an adapter (or the base model) for each row of the
+      batch, which must be the first dimension of what every adapted layer sees. Each row
+      may be repeated, as ``generate`` does for beams and models do that flatten [batch,
+      tokens]. Layers that see the tokens in another order (mixtures of experts) would
+      mistake them, and sequences packed into one row cannot be told apart.
+
+    Any adapters go together, of whatever variant. What does not act gets no gradient. Factors
+    that act by row or in a mix are kept stacked, a copy beside the adapters' own tensors,
+    while nothing trains; a change of the tensors is noticed at the next call. Only what is
+    written through ``.data`` on a device other than the CPU goes unseen: call ``use`` again.
+
+    Args:
+        model: The model.
+        choice: A name, name → finite weight, a list of names and ``None``, or ``None``.
 
     Raises:
-        UnknownNameError: If there is no adapter of that name.
-        AttachError: If an adapter is fused into the base weights.
+        UnknownNameError: If there is no adapter of a name.
+        ConfigError: If ``choice`` is none of these or a weight is not a finite number.
+        AttachError: If an adapter is fused into the base weights. When the model is called,
+            if the batch does not have the rows.
     """
     root = unwrap(model)
-    if name is not None:
-        name = get_adapter(root, name).name
+    plan = plan_of(choice)
+    for name in names_in(plan):
+        get_adapter(root, name)
     state = state_of(root)
     if state is None:
         return _Use(root, None)
-    fused = fused_name(root)
-    if fused is not None and name != fused:
+    fused = fused_plan(root)
+    if fused is not None and plan != fused:
         raise AttachError(
-            f"The adapter {fused!r} is fused into the base weights, so no other can act alone.",
+            f"The adapter {describe(fused)!r} is fused into the base weights, so no other can "
+            "act alone.",
             fix="unfuse(model) first",
         )
     previous = state.active
     if fused is None:
-        activate(root, state, name)
+        activate(root, state, plan)
     return _Use(root, previous)

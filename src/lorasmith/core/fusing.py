@@ -8,18 +8,37 @@ W in floating point, so undoing by subtraction would not do.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorasmith.core.adapter import activate, get_adapter, state_of, unwrap
-from lorasmith.core.layers import read_bias, read_weight, write_bias, write_weight
+from lorasmith.core.layers import (
+    keep_weight,
+    put_weight_back,
+    read_bias,
+    read_weight,
+    write_bias,
+    write_weight,
+)
+from lorasmith.core.mixing import Blend, Mix, Plan, Rows, describe, names_in, plan_of
+from lorasmith.core.quantized import describe_kind, pointers
 from lorasmith.core.state import AdapterSlot, LayerAdapter, slots
 from lorasmith.errors import FuseError
 
-__all__ = ["FuseReport", "FusedLayer", "fuse", "fused_name", "refuse_shared", "unfuse"]
+__all__ = [
+    "FuseReport",
+    "FusedLayer",
+    "fuse",
+    "fused_name",
+    "fused_plan",
+    "refuse_shared",
+    "unfuse",
+]
 
 
 @dataclass(frozen=True)
@@ -45,7 +64,7 @@ class FuseReport:
     """What fusing did to a model, layer by layer.
 
     Attributes:
-        adapter: Name of the adapter.
+        adapter: Name of the adapter, or the mix in words.
         dtype: Storage dtype of the base weights.
         layers: One record a layer.
     """
@@ -70,20 +89,32 @@ class FuseReport:
         )
 
 
-def fused_name(model: nn.Module) -> str | None:
-    """Name of the adapter that is in the base weights at the moment, if any."""
+def fused_plan(model: nn.Module) -> Plan:
+    """What is in the base weights at the moment: an adapter's name, a mix, or ``None``."""
     return next((slot.fused for _, _, slot in slots(model) if slot.fused is not None), None)
 
 
-def fuse(model: nn.Module, name: str | None = None, *, keep_original: bool = True) -> FuseReport:
-    """Writes an adapter into the base weights, so that the layers run bare.
+def fused_name(model: nn.Module) -> str | None:
+    """What is in the base weights at the moment, in words, if anything."""
+    plan = fused_plan(model)
+    return None if plan is None else describe(plan)
+
+
+def fuse(
+    model: nn.Module,
+    name: str | Mapping[str, float] | None = None,
+    *,
+    keep_original: bool = True,
+) -> FuseReport:
+    """Writes an adapter, or a mix of several, into the base weights: the layers run bare.
 
     Computed in float64 for a float32 base and in float32 for a 16-bit one, then rounded
     once. Copies made by ``modules_to_save`` keep standing in for their modules.
 
     Args:
         model: The model.
-        name: Which adapter; the active one by default.
+        name: Which adapter, or name → weight for W + Σ w_i (W_i − W) as in
+            :func:`~lorasmith.use`; by default what is active.
         keep_original: Whether to keep the original weights, which :func:`unfuse` and
             :func:`~lorasmith.detach` need. Costs the adapted weights a second time.
 
@@ -91,19 +122,19 @@ def fuse(model: nn.Module, name: str | None = None, *, keep_original: bool = Tru
         How large the change was and what rounding did to it, layer by layer.
 
     Raises:
-        FuseError: If an adapter is fused already, the variant or a layer cannot be
-            fused, or a weight is shared with a module that has no adapter. The model is
-            unchanged then.
+        FuseError: If an adapter is fused already, each row of the batch has its own, the
+            variant or a layer cannot be fused, or a weight is shared with a module that has
+            no adapter. The model is unchanged then.
     """
     root = unwrap(model)
-    adapter = get_adapter(root, name)
+    plan = _plan(root, name)
     already = fused_name(root)
     if already is not None:
         raise FuseError(
             f"The adapter {already!r} is fused already; fusing twice would apply it twice.",
             fix="unfuse(model) first",
         )
-    work = [(n, m, s, part) for n, m, s in slots(root) if (part := s.get(adapter.name)) is not None]
+    work = [(n, m, s, part) for n, m, s in slots(root) if (part := _part(s, plan)) is not None]
     for module_name, module, *_ in work:
         _refuse_computed(module_name, module)
     refuse_shared(root, {n for n, *_ in work})
@@ -112,7 +143,7 @@ def fuse(model: nn.Module, name: str | None = None, *, keep_original: bool = Tru
     try:
         with torch.no_grad():
             for module_name, module, slot, part in work:
-                originals = {"weight": read_weight(module, slot.info).clone()}
+                originals = keep_weight(module, slot.info)
                 bias = read_bias(module)
                 if bias is not None:
                     originals["bias"] = bias.clone()
@@ -126,17 +157,78 @@ def fuse(model: nn.Module, name: str | None = None, *, keep_original: bool = Tru
     state = state_of(root)
     assert state is not None
     # All of it, so that the copies of ``modules_to_save`` are this adapter's too.
-    activate(root, state, adapter.name)
+    activate(root, state, plan)
     for _, _, slot in slots(root):
         slot.set_live(())
     for _, _, slot, _ in work:
-        slot.fused = adapter.name
+        slot.fused = plan
         if not keep_original:
             slot.originals = {}
-    dtypes = sorted(
-        {str(read_weight(m, s.info).dtype).removeprefix("torch.") for _, m, s, _ in work}
-    )
-    return FuseReport(adapter.name, ", ".join(dtypes), tuple(records))
+    dtypes = sorted({_stored_as(m, s) for _, m, s, _ in work})
+    _warn_of_requantising([(m, s) for _, m, s, _ in work], records)
+    return FuseReport(describe(plan), ", ".join(dtypes), tuple(records))
+
+
+#: Share of the change that requantising may lose before a warning says so.
+_LOST = 0.1
+
+
+def _stored_as(module: nn.Module, slot: AdapterSlot) -> str:
+    if slot.info.kind == "opaque":
+        return describe_kind(module)
+    return str(read_weight(module, slot.info).dtype).removeprefix("torch.")
+
+
+def _warn_of_requantising(
+    work: Sequence[tuple[nn.Module, AdapterSlot]], records: Sequence[FusedLayer]
+) -> None:
+    """Says what the coarse steps of quantised weights have left of the change."""
+    names = {slot.info.name for _, slot in work if slot.info.kind == "opaque"}
+    lost = [r for r in records if r.name in names and r.rounding_error > _LOST]
+    if lost:
+        worst = max(lost, key=lambda r: r.rounding_error)
+        warnings.warn(
+            f"Quantising the fused weights again has distorted the adapter's change in "
+            f"{len(lost)} of {len(names)} quantised layers, by {worst.rounding_error:.0%} of its "
+            f"norm in {worst.name} (see the report's rounding_error). unfuse(model) takes it "
+            "back exactly; to keep the adapter whole, leave it attached, or fuse it into the "
+            "full-precision model.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _plan(root: nn.Module, name: str | Mapping[str, float] | None) -> str | Mix:
+    """What is to be fused."""
+    state = state_of(root)
+    plan: Plan
+    if name is None and state is not None and isinstance(state.active, Mix | Rows):
+        plan = state.active
+    elif isinstance(name, Mapping):
+        plan = plan_of(name)
+    else:
+        plan = get_adapter(root, name).name
+    if isinstance(plan, Rows):
+        raise FuseError(
+            "Each row of the batch has its own adapter; a weight has room for one.",
+            expected="the name of an adapter, or name → weight",
+            got=describe(plan),
+            fix="fuse(model, name)",
+        )
+    for each in names_in(plan):
+        get_adapter(root, each)
+    if plan is None:
+        raise FuseError("A mix of no adapter cannot be fused.", expected="name → weight")
+    return plan
+
+
+def _part(slot: AdapterSlot, plan: str | Mix) -> LayerAdapter | None:
+    """What acts on one layer: an adapter, or what can be asked the same questions."""
+    if isinstance(plan, str):
+        return slot.get(plan)
+    found = [(slot.get(n), w) for n, w in plan.weights]
+    parts = [(part, w) for part, w in found if part is not None]
+    return cast("LayerAdapter", Blend(parts)) if parts else None
 
 
 def _refuse_computed(name: str, module: nn.Module) -> None:
@@ -160,7 +252,7 @@ def refuse_shared(root: nn.Module, fused: set[str]) -> None:
     for module_name, module in root.named_modules():
         weight = module._parameters.get("weight")
         if weight is not None and not weight.is_meta:
-            owners.setdefault(weight.data_ptr(), []).append(module_name)
+            owners.setdefault(pointers(weight)[0], []).append(module_name)
     for names in owners.values():
         if len(names) > 1 and fused.intersection(names):
             raise FuseError(
@@ -197,7 +289,7 @@ def _norm(value: Tensor) -> float:
 
 
 def _write_back(module: nn.Module, slot: AdapterSlot) -> None:
-    write_weight(module, slot.info, slot.originals["weight"])
+    put_weight_back(module, slot.info, slot.originals)
     if "bias" in slot.originals:
         write_bias(module, slot.originals["bias"])
     slot.originals = {}
@@ -211,18 +303,16 @@ def unfuse(model: nn.Module) -> None:
         FuseError: If nothing is fused, or the original weights were not kept.
     """
     root = unwrap(model)
-    name = fused_name(root)
-    if name is None:
+    plan, state = fused_plan(root), state_of(root)
+    if plan is None or state is None:
         raise FuseError("No adapter is fused.", fix="fuse(model) first")
     work = [(m, s) for _, m, s in slots(root) if s.fused is not None]
     if any(not slot.originals for _, slot in work):
         raise FuseError(
-            f"The adapter {name!r} was fused with keep_original=False.",
+            f"The adapter {describe(plan)!r} was fused with keep_original=False.",
             fix="detach(model, keep_fused=True) leaves it in; or load the base model again",
         )
     with torch.no_grad():
         for module, slot in work:
             _write_back(module, slot)
-    for _, _, slot in slots(root):
-        part = slot.get(name)
-        slot.set_live(() if part is None else (part,))
+    activate(root, state, plan)

@@ -21,9 +21,10 @@ from lorasmith.core.state import SAVED, SLOT, AdapterSlot, SavedModule
 from lorasmith.core.variant import BaseLayer
 from lorasmith.errors import AttachError
 
-__all__ = ["install", "install_saved", "uninstall", "uninstall_saved"]
+__all__ = ["CARRY", "install", "install_saved", "owns_output", "uninstall", "uninstall_saved"]
 
-_CARRY = "_lorasmith_carry"
+#: Attribute of a layer's input under which ``before`` hands over to ``after``.
+CARRY = "_lorasmith_carry"
 #: Names under which linear-like layers take their input as a keyword.
 _INPUT_NAMES = ("input", "x", "hidden_states")
 
@@ -84,7 +85,12 @@ def before_layer(
     slot: AdapterSlot = module._modules[SLOT]  # type: ignore[assignment]
     live = slot.live
     if not live:
-        return None
+        plan = slot.plan
+        if plan is None or not plan.transforms_input:
+            return None
+        old = _input_of(args, kwargs, slot)
+        x = plan.before(BaseLayer(module, slot.info), old)
+        return None if x is old else _with_input(args, kwargs, old, x)
     x = old = _input_of(args, kwargs, slot)
     if not _early(module, slot, x):
         return None
@@ -97,7 +103,7 @@ def before_layer(
         if x is old:
             # A tensor of our own to write on: the caller's may feed several layers.
             x = x.view_as(x)
-        setattr(x, _CARRY, carries)
+        setattr(x, CARRY, carries)
     return None if x is old else _with_input(args, kwargs, old, x)
 
 
@@ -106,18 +112,26 @@ def after_layer(
 ) -> Tensor | None:
     """Forward hook: the live adapters act on the layer's output."""
     slot: AdapterSlot = module._modules[SLOT]  # type: ignore[assignment]
-    live = slot.live
-    if not live:
+    live, plan = slot.live, slot.plan
+    if not live and plan is None:
         return None
     base = BaseLayer(module, slot.info)
     x = _input_of(args, kwargs, slot)
+    if plan is not None:
+
+        def run(other: Tensor) -> Tensor:
+            new_args, new_kwargs = _with_input(args, kwargs, x, other)
+            result: Tensor = module.forward(*new_args, **new_kwargs)
+            return result
+
+        return plan.after(base, x, output, run)
     y: Tensor = output
     if not _early(module, slot, x):
         for adapter in live:
             _, carry = adapter.variant.before(adapter, x, base)
             y = adapter.variant.after(adapter, y, carry, base)
         return y
-    carries = None if torch.compiler.is_compiling() else x.__dict__.pop(_CARRY, None)
+    carries = None if torch.compiler.is_compiling() else x.__dict__.pop(CARRY, None)
     for adapter, carry in zip(live, carries or [None] * len(live), strict=True):
         y = adapter.variant.after(adapter, y, carry, base)
     return y
@@ -133,9 +147,20 @@ def replace_output(
 ) -> Any:
     """Forward hook of ``modules_to_save``: the live copy's output stands in."""
     saved: SavedModule = module._modules[SAVED]  # type: ignore[assignment]
+    if saved.plan is not None:
+        copies = {n: copy for n in saved.names() if (copy := saved.get(n)) is not None}
+        return saved.plan.output(copies, output, args, kwargs, _run_copy)
     copy = None if saved.live is None else saved.get(saved.live)
     if copy is None:
         return None
+    result = _run_copy(copy, args, kwargs)
+    if isinstance(result, Tensor) and isinstance(output, Tensor):
+        return result.to(output.dtype)
+    return result
+
+
+def _run_copy(copy: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs a copy in the dtype of its own parameters."""
     mine = next((p.dtype for p in copy.parameters() if p.is_floating_point()), None)
 
     def cast(value: Any) -> Any:
@@ -143,10 +168,7 @@ def replace_output(
             return value.to(mine)
         return value
 
-    result = copy(*map(cast, args), **{k: cast(v) for k, v in kwargs.items()})
-    if isinstance(result, Tensor) and isinstance(output, Tensor):
-        return result.to(output.dtype)
-    return result
+    return copy(*map(cast, args), **{k: cast(v) for k, v in kwargs.items()})
 
 
 def install(module: nn.Module, slot: AdapterSlot) -> None:

@@ -16,14 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lorasmith.core import quantized
 from lorasmith.errors import AttachError
 
 __all__ = [
     "LayerInfo",
     "describe",
     "device_of",
+    "keep_weight",
+    "put_weight_back",
     "read_bias",
     "read_weight",
+    "weight_version",
     "write_bias",
     "write_weight",
 ]
@@ -40,7 +44,8 @@ class LayerInfo:
         d_in: Size of the last dimension of the layer's input.
         d_out: Size of the last dimension of its output.
         kind: ``"linear"`` (weight [d_out, d_in]), ``"conv1d"`` (weight [d_in, d_out])
-            or ``"opaque"`` (the weight is quantised or otherwise not to be read as is).
+            or ``"opaque"`` (the weight is quantised or otherwise not to be read as is;
+            ``core.quantized`` knows more).
         has_bias: Whether the layer adds a bias.
         fresh_output: Whether the forward is known to return a tensor that nothing else
             holds, so that the engine may add into it in place.
@@ -84,10 +89,11 @@ def describe(module: nn.Module, name: str) -> LayerInfo | None:
         d_in, d_out = weight.shape
         exact = type(module).__name__ == "Conv1D"
         return LayerInfo(name, d_in, d_out, "conv1d", has_bias, exact)
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if type(sizes[0]) is not int or type(sizes[1]) is not int:
+    # Never from the shape of a weight that may be packed.
+    sizes = quantized.sizes_of(module)
+    if sizes is None:
         return None
-    d_in, d_out = sizes[0], sizes[1]
+    d_in, d_out = sizes
     plain = (
         isinstance(module, nn.Linear)
         and isinstance(weight, Tensor)
@@ -100,27 +106,63 @@ def describe(module: nn.Module, name: str) -> LayerInfo | None:
 
 
 def read_weight(module: nn.Module, info: LayerInfo) -> Tensor:
-    """The layer's weight as W [d_out, d_in]: a view, no copy, in the stored dtype.
+    """The layer's weight as W [d_out, d_in], detached.
+
+    A view in the stored dtype where the weight is a plain matrix. A quantised weight is
+    dequantised: a copy, as large as the matrix, that should not be held longer than needed.
 
     Raises:
-        AttachError: If the weight is quantised or otherwise cannot be read as it is.
+        AttachError: If it cannot be read.
     """
     weight = getattr(module, "weight", None)
     if info.kind == "opaque" or not isinstance(weight, Tensor):
-        raise AttachError(
-            f"The weight of {info.name} cannot be read as a plain matrix.",
-            expected="a floating-point weight [d_out, d_in]",
-            got=f"{type(module).__name__} with {type(weight).__name__}",
-            fix="use a variant that does not read W, such as LoRA with init='kaiming'",
-            key=info.name,
-        )
+        return quantized.dequantize(module, info.name)
     weight = weight.detach()
     return weight.T if info.kind == "conv1d" else weight
 
 
+def weight_version(module: nn.Module, info: LayerInfo) -> tuple[int, ...]:
+    """Changes whenever W is replaced or written in place: a key for what is kept of it.
+
+    Of a quantised layer, what identifies W is its storage: what it is dequantised to is
+    another tensor every time, perhaps in the same place.
+    """
+    if info.kind != "opaque":
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight.data_ptr(), weight._version
+    return tuple(n for t in quantized.storage(module) for n in (t.data_ptr(), t._version))
+
+
 def write_weight(module: nn.Module, info: LayerInfo, value: Tensor) -> None:
-    """Overwrites the stored weight in place with W [d_out, d_in], cast to its dtype."""
-    read_weight(module, info).copy_(value)
+    """Stores W [d_out, d_in]: in place in the weight's dtype, or quantised anew.
+
+    Raises:
+        FuseError: If the layer is quantised with settings that cannot be applied again.
+    """
+    if info.kind == "opaque":
+        quantized.requantize_(module, info.name, value)
+    else:
+        read_weight(module, info).copy_(value)
+
+
+def keep_weight(module: nn.Module, info: LayerInfo) -> dict[str, Tensor]:
+    """What :func:`put_weight_back` needs to bring the weight back bit for bit.
+
+    A copy of a plain weight; of a quantised layer the stored tensors themselves, which
+    :func:`write_weight` replaces.
+    """
+    if info.kind == "opaque":
+        return quantized.keep(module)
+    return {"weight": read_weight(module, info).clone()}
+
+
+def put_weight_back(module: nn.Module, info: LayerInfo, kept: dict[str, Tensor]) -> None:
+    """The inverse of :func:`keep_weight`."""
+    if info.kind == "opaque":
+        quantized.put_back(module, kept)
+    else:
+        write_weight(module, info, kept["weight"])
 
 
 def read_bias(module: nn.Module) -> Tensor | None:

@@ -45,6 +45,10 @@ __all__ = [
 ]
 
 
+#: Member → its A and A0.
+Rows = Callable[[Any], tuple[Tensor, Tensor | None]]
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a linear layer would compute on ``x`` here: autocast's, or x's."""
     if x.is_floating_point() and x.dtype != torch.float64:
@@ -228,14 +232,21 @@ class _Up(torch.autograd.Function):
 
 
 def add_product(y: Tensor, h: Tensor, b: Tensor, s: float, owned: bool) -> Tensor:
-    """y + s h bᵀ for y [..., d_out], h [tokens, r], b [d_out, r]; in place if ``owned``."""
+    """y + s h bᵀ, in place if ``owned``.
+
+    y [..., d_out] as rows as wide as b [d_out, r] is high, one for each row of h [tokens, r].
+    """
+    if not torch.is_grad_enabled() and not (owned and y.is_contiguous()):
+        # Inside a function the result must be a tensor of its own: what returns a view
+        # forbids whoever comes behind to write in place.
+        y, owned = y.clone(memory_format=torch.contiguous_format), True
     if owned and y.is_contiguous():
         # Through ``detach``, so that autograd does not see a view changed in place: the
         # base layer's output has no other reader, and CopySlices would copy it.
         out = y.detach()
-        out.view(-1, out.shape[-1]).addmm_(h, b.T, alpha=s)
+        out.view(-1, b.shape[0]).addmm_(h, b.T, alpha=s)
         return out
-    return torch.addmm(y.reshape(-1, y.shape[-1]), h, b.T, alpha=s).view(y.shape)
+    return torch.addmm(y.reshape(-1, b.shape[0]), h, b.T, alpha=s).view(y.shape)
 
 
 class Siblings:
@@ -320,8 +331,8 @@ class _Shared:
 
 
 def _versions(x: Tensor, member: Any) -> tuple[int, ...]:
-    """Changes when x or A is written in place."""
-    return x._version, member["A"]._version
+    """Changes when x or A (HRA: U) is written in place."""
+    return x._version, member["A" if "A" in member else "U"]._version
 
 
 def _recomputed() -> bool:
@@ -336,13 +347,15 @@ def _recomputed() -> bool:
 
 def down(
     x: Tensor,
-    A: Tensor,
+    A: Tensor | None = None,
     *,
     A0: Tensor | None = None,
     dropout: float = 0.0,
     owned: bool = False,
     member: Any = None,
     siblings: Siblings | None = None,
+    common: bool = False,
+    rows: Rows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(x to give to the base layer, h = dropout(x) [A; A0]ᵀ).
 
@@ -355,6 +368,9 @@ def down(
             of its own, so that ours may be added into it.
         member: Who asks: something that has ``["A"]`` and perhaps ``["A0"]``.
         siblings: Whom it may share products with.
+        common: Whether A is one and the same for all siblings (VeRA), and with it h.
+        rows: Gives A and A0 of a member, in place of the arguments and of what is stored
+            under these names, where they are computed from its tensors.
 
     Returns:
         x (in the compute dtype) and h [..., r] or [..., 2r].
@@ -362,9 +378,10 @@ def down(
     # Cast by autograd's own operation, not inside the function, so that what the function
     # saves is its input.
     kept = x.to(compute_dtype(x))
+    get = rows or stored_rows
     if not fast(x):
-        rows = _rows((A, A0), kept.dtype)
-        return x, _dropped_linear(kept, rows, dropout) if dropout else F.linear(kept, rows)
+        a = _rows((A, A0) if rows is None else rows(member), kept.dtype)
+        return x, _dropped_linear(kept, a, dropout) if dropout else F.linear(kept, a)
     # If x has no gradient (the first layer) it does not pass through the function: A
     # would make it require one, and the base layer would compute it for nothing.
     through = x.requires_grad
@@ -373,14 +390,20 @@ def down(
     if found is not None:
         return found
     others = siblings.followers(member) if share and siblings is not None else []
-    pairs = [A, A0]
-    for other in others:
-        pairs += [other["A"], other["A0"] if "A0" in other else None]
+    pairs = [*((A, A0) if rows is None else rows(member))]
+    for other in () if common else others:
+        pairs += get(other)
     out = _Down.apply(kept, dropout, through, owned, *pairs)  # type: ignore[no-untyped-call]
     passed, hs = (out[0], out[1:]) if through else (x, out)
     if share and siblings is not None:
-        siblings.offer(member, x, passed, dict(zip(others, hs[1:], strict=True)))
+        theirs = hs[:1] * len(others) if common else hs[1:]
+        siblings.offer(member, x, passed, dict(zip(others, theirs, strict=True)))
     return passed, hs[0]
+
+
+def stored_rows(member: Any) -> tuple[Tensor, Tensor | None]:
+    """A and A0 as a member stores them."""
+    return member["A"], member["A0"] if "A0" in member else None
 
 
 def _dropped_linear(x: Tensor, a: Tensor, p: float) -> Tensor:

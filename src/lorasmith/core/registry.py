@@ -93,7 +93,9 @@ def get_variant(name: str) -> Variant:
             f"There is no variant named {name!r}.",
             expected=", ".join(sorted(known)),
             got=name,
-            fix=f"did you mean {near[0]!r}?" if near else "lorasmith.register(...) adds your own",
+            fix=f"did you mean {near[0]!r}?"
+            if near
+            else "lorasmith.register(...) adds your own; --plugin FILE, on the command line",
         )
     return known[name]
 

@@ -8,7 +8,7 @@ any other. No module of the model is replaced.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from lorasmith.core.config import AdapterConfig
 from lorasmith.core.layers import LayerInfo
 from lorasmith.core.lowrank import Siblings
 from lorasmith.core.variant import NewTensors, Variant
+
+if TYPE_CHECKING:
+    from lorasmith.core.mixing import LayerMix, LayerRows, Plan, SavedPlan
 
 __all__ = [
     "SAVED",
@@ -178,7 +181,8 @@ class AdapterSlot(_Hooked):
         live: The adapters that act, in order. A plain tuple, replaced as a whole, so
             that switching rebuilds no module and a forward sees one consistent set.
         transforms_input: Whether one of them changes what the base layer sees.
-        fused: Name of the adapter that is in the base weights at the moment.
+        plan: The mix or rows that act where none is live.
+        fused: What is in the base weights at the moment: an adapter or a mix.
     """
 
     def __init__(self, info: LayerInfo) -> None:
@@ -186,7 +190,8 @@ class AdapterSlot(_Hooked):
         self.info = info
         self.live: tuple[LayerAdapter, ...] = ()
         self.transforms_input = False
-        self.fused: str | None = None
+        self.plan: LayerMix | LayerRows | None = None
+        self.fused: Plan = None
         self.originals: dict[str, Tensor] = {}
 
     # Names of users may collide with attributes of nn.Module ("train", "type"), so
@@ -217,12 +222,25 @@ class AdapterSlot(_Hooked):
         """Takes an adapter away."""
         gone = self._modules.pop(self._key(name))
         self._modules.pop(f"shared_{name}", None)
-        self.set_live(a for a in self.live if a is not gone)
+        if gone in self.live:
+            self.set_live(a for a in self.live if a is not gone)
 
     def set_live(self, adapters: Iterable[LayerAdapter]) -> None:
-        """Says which adapters act, in which order."""
+        """Says which adapters act, in which order; no mix and no rows do then."""
+        self.plan = None
         self.live = tuple(adapters)
         self.transforms_input = any(a.variant.transforms_input for a in self.live)
+
+    def set_plan(self, plan: LayerMix | LayerRows | None) -> None:
+        """Makes a mix or rows act, and no adapter beside them."""
+        self.set_live(())
+        self.plan = plan
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterSlot:
+        if self.plan is not None:
+            self.plan.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def names(self) -> tuple[str, ...]:
         """Names of the adapters on this layer."""
@@ -242,6 +260,8 @@ class SavedModule(_Hooked):
         self.name = name
         #: Name of the adapter whose copy acts, or ``None`` for the module itself.
         self.live: str | None = None
+        #: The mix or rows that act where none is live.
+        self.plan: SavedPlan | None = None
 
     _key = staticmethod(AdapterSlot._key)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorasmith.core.config import AdapterConfig, LowRankConfig
+from lorasmith.core.config import AdapterConfig
 from lorasmith.core.layers import LayerInfo, describe
 from lorasmith.core.patterns import first_matching_key, matches_name, matches_regex
 from lorasmith.core.state import SAVED, SLOT
@@ -212,13 +212,12 @@ def _warn_of_the_unused(pool: Sequence[Candidate], config: AdapterConfig) -> Non
     """
     names = [c.info.name for c in pool]
     unused = [("exclude", t) for t in config.exclude if not any(_matches(c, t) for c in pool)]
-    if isinstance(config, LowRankConfig):
-        for field in ("rank_pattern", "alpha_pattern"):
-            unused += [
-                (field, key)
-                for key in getattr(config, field)
-                if not any(first_matching_key((key,), name) for name in names)
-            ]
+    for field in ("rank_pattern", "alpha_pattern"):
+        unused += [
+            (field, key)
+            for key in getattr(config, field, ())
+            if not any(first_matching_key((key,), name) for name in names)
+        ]
     for field, entry in unused:
         near = difflib.get_close_matches(entry, {n.rpartition(".")[2] for n in names}, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "correct it, or leave it out"

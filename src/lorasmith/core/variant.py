@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.config import AdapterConfig
-from lorasmith.core.layers import LayerInfo, read_weight
+from lorasmith.core.layers import LayerInfo, read_weight, weight_version
 from lorasmith.errors import FuseError
 
 __all__ = [
+    "Affine",
     "BaseLayer",
     "Carry",
     "Factors",
@@ -103,8 +104,13 @@ class BaseLayer:
 
     @property
     def weight(self) -> Tensor:
-        """W [d_out, d_in], a detached view in the stored dtype."""
+        """W [d_out, d_in], detached: a view in the stored dtype, of a quantised layer a copy."""
         return read_weight(self.module, self.info)
+
+    @property
+    def weight_version(self) -> tuple[int, ...]:
+        """Changes whenever W is replaced or written: a key for what is kept of it."""
+        return weight_version(self.module, self.info)
 
     @property
     def bias(self) -> Tensor | None:
@@ -155,6 +161,33 @@ class Factors:
         return torch.mm(b * self.scaling, a)
 
 
+@dataclass(frozen=True)
+class Affine:
+    """What one adapter makes of a layer, where it has this form.
+
+        y = gain ∘ (base(input_gain ∘ x) + scaling · B A x) + shift
+
+    Adapters that have it act side by side in one pass: stacked in one product for the rows
+    of a batch, added up for a mix. What is ``None`` does nothing. An adapter with an
+    ``input_gain`` has no A and B.
+
+    Attributes:
+        A: [r, d_in].
+        B: [d_out, r].
+        scaling: The factor on B A.
+        input_gain: [d_in].
+        gain: [d_out].
+        shift: [d_out].
+    """
+
+    A: Tensor | None = None
+    B: Tensor | None = None
+    scaling: float = 1.0
+    input_gain: Tensor | None = None
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+
+
 class Variant(ABC):
     """Base class of the adapter families; stateless, one instance is shared by all.
 
@@ -197,6 +230,13 @@ class Variant(ABC):
         """Which statistics of calibration data it needs to start: see ``core.calibration``."""
         return frozenset()
 
+    def corrects(self, config: Any) -> bool:
+        """Whether it starts by correcting quantised layers, from their original weights.
+
+        The statistics of such a layer then have ``"original"``, see ``core.originals``.
+        """
+        return False
+
     def adjust(self, config: Any, bases: Sequence[BaseLayer]) -> Any:
         """The configuration to use on these layers: e.g. with ranks chosen by calibration."""
         return config
@@ -204,7 +244,9 @@ class Variant(ABC):
     def shared_tensors(self, config: Any, bases: Sequence[BaseLayer]) -> dict[str, Tensor]:
         """Frozen tensors that all layers of one adapter share: name → value.
 
-        Every layer's state gives them by name like its own.
+        Every layer's state gives them by name like its own. Without a model, ``bases`` know
+        their sizes alone; what is not in files (:meth:`shared_specs`) must follow from those
+        and the configuration.
         """
         return {}
 
@@ -258,6 +300,21 @@ class Variant(ABC):
         """The low-rank factors, or ``None`` where the variant has none."""
         return None
 
+    def affine(self, state: LayerState, base: BaseLayer) -> Affine | None:
+        """The adapter on one layer as an :class:`Affine`, or ``None`` where it has no such form.
+
+        Only for speed: without it ``before`` and ``after`` run on each adapter's own rows. By
+        default it follows from exact :meth:`factors`. Gradients must reach the trainable
+        tensors through it; where dropout acts there is none.
+        """
+        if state.training and getattr(state.config, "dropout", False):
+            return None
+        factors = self.factors(state)
+        if factors is None or not factors.exact:
+            return None
+        A, B = factors.stacked()
+        return Affine(A, B, factors.scaling)
+
     # -- files -----------------------------------------------------------------------
 
     @abstractmethod
@@ -284,6 +341,22 @@ class Variant(ABC):
     def tensor_specs(self, config: Any, info: LayerInfo) -> dict[str, TensorSpec]:
         """Tensor name → its place in a PEFT file, for one layer."""
 
+    def shared_specs(self, config: Any, infos: Sequence[LayerInfo]) -> dict[str, TensorSpec]:
+        """Name → place in a file of all that the layers share; empty if files do not hold it.
+
+        Where it is empty, loading asks :meth:`shared_tensors` once more.
+
+        Args:
+            config: The variant's configuration.
+            infos: All layers of the adapter; none where only the keys are wanted. Sizes that
+                a file does not tell are 0, and so must be what follows from them.
+
+        Returns:
+            The key is the whole name in the file, e.g. ``"base_model.vera_A"``. A size of 0
+            stands for any.
+        """
+        return {}
+
     @abstractmethod
     def sizes_from_file(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
         """(d_in, d_out) of a layer, from its tensors in a file; 0 where they do not tell.
@@ -291,6 +364,25 @@ class Variant(ABC):
         Args:
             shapes: PEFT key (without the module name) → shape.
         """
+
+    def layer_sizes(self, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+        """:meth:`sizes_from_file` for variants that must know the configuration to tell."""
+        return self.sizes_from_file(shapes)
+
+    def sizes_from_tensors(
+        self, config: Any, shapes: Mapping[str, tuple[int, ...]]
+    ) -> tuple[int, int]:
+        """(d_in, d_out) of a layer, from its tensors by the variant's own names.
+
+        Right as it stands where files hold them in the same shapes; a ``KeyError``,
+        ``IndexError`` or ``ValueError`` if they do not tell.
+
+        Args:
+            config: The variant's configuration.
+            shapes: Tensor name → shape.
+        """
+        specs = self.tensor_specs(config, LayerInfo("", 1, 1, "linear", False, False))
+        return self.layer_sizes(config, {s.key: shapes[n] for n, s in specs.items()})
 
     def file_config(self, config: Any, frozen: Collection[str]) -> Any:
         """The configuration that describes the tensors as they stand in a file.
@@ -310,7 +402,7 @@ class Variant(ABC):
         return {spec.key: state[n].reshape(spec.shape) for n, spec in specs.items()}
 
     def from_file(self, config: Any, info: LayerInfo, tensors: Mapping[str, Tensor]) -> NewTensors:
-        """The inverse of :meth:`to_file`.
+        """The inverse of :meth:`to_file`: what :meth:`shapes` does not name is frozen.
 
         Args:
             config: The adapter's own configuration, not :meth:`file_config`.
@@ -320,7 +412,9 @@ class Variant(ABC):
         """
         specs = self.tensor_specs(config, info)
         shapes = self.shapes(config, info)
-        return NewTensors({n: tensors[s.key].reshape(shapes[n]) for n, s in specs.items()})
+        found = {n: tensors[s.key].reshape(shapes.get(n, s.shape)) for n, s in specs.items()}
+        frozen = {n: found.pop(n) for n in specs if n not in shapes}
+        return NewTensors(found, frozen)
 
     @abstractmethod
     def shapes(self, config: Any, info: LayerInfo) -> dict[str, tuple[int, ...]]:

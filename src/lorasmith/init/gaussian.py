@@ -6,17 +6,30 @@ for A and zero for B"; the standard deviation 1/r is PEFT's (0.21.2). ΔW = 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from lorasmith.init.types import Shape, Start
+from lorasmith.init.types import NO_STATISTICS, Initialisation, Shape, Start, Weight
 
-__all__ = ["gaussian"]
+__all__ = ["Gaussian"]
 
 
-def gaussian(weight: Callable[[], Tensor], shape: Shape, rank: int, scaling: float) -> Start:
+@dataclass(frozen=True)
+class Gaussian(Initialisation):
     """A [r, d_in] Gaussian with standard deviation 1/r, B [d_out, r] zero."""
-    a = torch.empty(rank, shape.d_in, device=shape.device).normal_(std=1 / rank)
-    return Start(a, torch.zeros(shape.d_out, rank, device=shape.device))
+
+    name: ClassVar[str] = "gaussian"
+
+    def __call__(
+        self,
+        weight: Weight,
+        shape: Shape,
+        rank: int,
+        scaling: float,
+        statistics: Mapping[str, Any] = NO_STATISTICS,
+    ) -> Start:
+        a = torch.empty(rank, shape.d_in, device=shape.device).normal_(std=1 / rank)
+        return Start(a, torch.zeros(shape.d_out, rank, device=shape.device))

@@ -15,23 +15,33 @@ Here W stays and B0 A0 is subtracted on the fly, which is the same function; it 
 product with a factor pair of rank 2r instead of r, and leaves the base model bit for bit
 as it was. A 16-bit base loses nothing to the rounding of a residual.
 
-The randomised form (``pissa_niter_N``) is that of the paper's section 4: a subspace
-iteration with N rounds (Halko et al. 2011).
+The randomised form (``iterations=N``, or the name ``pissa_niter_N``) is that of the paper's
+section 4: a subspace iteration with N rounds (Halko et al. 2011).
 
 Needs W in plain form. Not possible where r exceeds min(d_in, d_out).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lorasmith.errors import ConfigError
-from lorasmith.init.types import Shape, Start
+from lorasmith.init.types import (
+    NO_STATISTICS,
+    Initialisation,
+    Shape,
+    Start,
+    Weight,
+    check_number,
+    check_rank,
+    check_scaling,
+)
 
-__all__ = ["pissa", "principal"]
+__all__ = ["PiSSA", "principal"]
 
 
 def principal(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,39 +64,44 @@ def principal(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, v.T
 
 
-def pissa(
-    weight: Callable[[], Tensor],
-    shape: Shape,
-    rank: int,
-    scaling: float,
-    *,
-    iterations: int | None = None,
-) -> Start:
-    """A0 and B0 as above; ``iterations`` chooses the randomised SVD.
+@dataclass(frozen=True)
+class PiSSA(Initialisation):
+    """A0 and B0 as above.
 
-    Raises:
-        ConfigError: If r exceeds min(d_in, d_out), or the scaling is not positive.
+    Args:
+        iterations: Rounds of the randomised SVD; ``None`` for the exact one.
     """
-    limit = min(shape.d_in, shape.d_out)
-    if rank > limit:
-        raise ConfigError(
-            "init='pissa' needs r singular vectors of W, which has fewer.",
-            expected=f"r <= min(d_in, d_out) = {limit}",
-            got=rank,
-            fix="lower r, exclude the layer, or give it a rank of its own in rank_pattern",
-            key="r",
+
+    name: ClassVar[str] = "pissa"
+
+    iterations: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.iterations is not None:
+            check_number(self.name, "iterations", self.iterations, at_least=0, whole=True)
+
+    @property
+    def reads_weight(self) -> bool:
+        return True
+
+    def __call__(
+        self,
+        weight: Weight,
+        shape: Shape,
+        rank: int,
+        scaling: float,
+        statistics: Mapping[str, Any] = NO_STATISTICS,
+    ) -> Start:
+        limit = min(shape.d_in, shape.d_out)
+        check_rank(self.name, rank, limit, "r singular vectors of W")
+        check_scaling(self.name, scaling)
+        w = weight()
+        if self.iterations is None:
+            u, s, vt = principal(w, rank)
+        else:
+            u, s, v = torch.svd_lowrank(w.to(torch.float32), q=rank, niter=self.iterations)
+            vt = v.T
+        root = (s / scaling).sqrt()
+        return Start(
+            (root[:, None] * vt).to(torch.float32), (u * root).to(torch.float32), takes_over=True
         )
-    if scaling <= 0:
-        raise ConfigError(
-            "init='pissa' needs a positive scaling.", expected="alpha > 0", got=scaling, key="alpha"
-        )
-    w = weight()
-    if iterations is None:
-        u, s, vt = principal(w, rank)
-    else:
-        u, s, v = torch.svd_lowrank(w.to(torch.float32), q=rank, niter=iterations)
-        vt = v.T
-    root = (s / scaling).sqrt()
-    return Start(
-        (root[:, None] * vt).to(torch.float32), (u * root).to(torch.float32), takes_over=True
-    )

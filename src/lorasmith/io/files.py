@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.adapter import Adapter, attached, unwrap
-from lorasmith.core.attach import check_free, put, trainable_copy
+from lorasmith.core.attach import check_free, put, refuse_unreadable, trainable_copy
 from lorasmith.core.config import AdapterConfig
 from lorasmith.core.factors import factors_of
 from lorasmith.core.layers import LayerInfo, device_of
+from lorasmith.core.quantized import refuse_gradless
 from lorasmith.core.registry import variant_of
-from lorasmith.core.state import LayerAdapter
+from lorasmith.core.state import LayerAdapter, SharedTensors
 from lorasmith.core.targets import candidates
 from lorasmith.core.variant import Factors, NewTensors
 from lorasmith.errors import AdapterFileError, BaseMismatchError, LorasmithError
@@ -166,6 +167,7 @@ def _read(folder: Path) -> AdapterWeights:
             base=_base(fields, record, own_file),
             frozen=_names(record, "frozen", own_file),
             padding=_names(record, "padding", own_file),
+            sizes=_sizes(record, own_file),
             unsupported=unsupported,
             path=folder,
         )
@@ -258,6 +260,18 @@ def _names(record: Mapping[str, Any] | None, key: str, file: Path) -> list[str]:
     return values
 
 
+def _sizes(record: Mapping[str, Any] | None, file: Path) -> dict[str, tuple[int, int]]:
+    values = {} if record is None else record.get("sizes", {})
+    if isinstance(values, dict) and all(
+        isinstance(v, list) and len(v) == 2 and all(type(i) is int and i > 0 for i in v)
+        for v in values.values()
+    ):
+        return {module: (v[0], v[1]) for module, v in values.items()}
+    raise AdapterFileError(
+        "A field is malformed.", file=file, key="sizes", expected="{module: [d_in, d_out]}"
+    )
+
+
 def _base(fields: Mapping[str, Any], record: Mapping[str, Any] | None, file: Path) -> BaseModel:
     name = fields.get("base_model_name_or_path")
     values = None if record is None else record.get("base")
@@ -278,6 +292,7 @@ def load(
     name: str | None = None,
     trainable: bool = False,
     allow_base_mismatch: bool = False,
+    dequantize: bool = False,
 ) -> Adapter:
     """Loads an adapter, written by us or by PEFT, onto a model and makes it the active one.
 
@@ -292,6 +307,8 @@ def load(
         trainable: Whether it is to be trained further.
         allow_base_mismatch: Whether to load it although it was made for another base
             model, as its fingerprint tells. Every tensor must fit all the same.
+        dequantize: Whether a variant that reads W whenever it runs (DoRA) may dequantise
+            quantised layers for it, one at a time.
 
     Returns:
         A handle to the adapter.
@@ -299,6 +316,7 @@ def load(
     Raises:
         AdapterFileError: If the adapter is incomplete, inconsistent, or does not fit the
             model. The model is untouched then, as with all other errors.
+        ConfigError: If it cannot work on this model's quantised layers.
         BaseMismatchError: If it was made for another base model.
         AttachError: If the name is taken or the model's state does not allow it.
     """
@@ -313,14 +331,23 @@ def load(
             weights.unsupported, file=weights.path / peft.CONFIG, fix="load it with PEFT"
         )
     _refuse_unexpected(root, weights, file)
-    _check_base(root, weights, allow_base_mismatch)
+    check_base(root, weights, allow_base_mismatch)
     infos = _layers(root, weights, file)
     _check_targets(root, weights, file)
+    layers = list(infos.values())
+    if not dequantize and weights.variant.weight_use(weights.config) == "always":
+        refuse_unreadable(weights.variant, weights.config, layers)
+    if trainable:
+        refuse_gradless(root)
+    weights.check_shared(layers)
+    common = NewTensors({}, weights.shared_tensors(layers))
+    common = _moved(common, root.get_submodule(layers[0].name))
+    shared = SharedTensors(common.frozen) if common.frozen else None
     parts = {}
     for module, info in infos.items():
         weights.check_shapes(info)
         new = _moved(weights.new_tensors(module, info), root.get_submodule(module))
-        parts[module] = LayerAdapter(weights.variant, weights.config, info, new)
+        parts[module] = LayerAdapter(weights.variant, weights.config, info, new, shared)
     copies = {m: _copy(root, weights, m, file) for m in weights.saved_modules}
     for key in weights.padding:
         check_finite(weights.tensors[f"{peft.PREFIX}{key}"], key, file)
@@ -370,7 +397,8 @@ def _is_copy(own: Mapping[str, Tensor], weights: AdapterWeights, key: str) -> bo
     return value.shape == mine.shape and torch.equal(mine.detach().to(value.dtype), value)
 
 
-def _check_base(root: nn.Module, weights: AdapterWeights, allow: bool) -> None:
+def check_base(root: nn.Module, weights: AdapterWeights, allow: bool) -> None:
+    """Raises a ``BaseMismatchError`` if the model is another than the adapter was made for."""
     stored, wanted = weights.base.fingerprint, weights.base.name
     if stored is not None and not allow:
         current = fingerprint(root, names=list(stored.sketch))

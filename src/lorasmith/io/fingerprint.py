@@ -9,9 +9,14 @@ most 0.2 %), while further training shows, and the difference can be named.
 Neither depends on adapters that are attached (their own tensors are left out, and where
 one is fused the original weights are looked at), on ``requires_grad``, on ties between
 weights, or on the wrappers of ``torch.compile`` and of parallel training. Weights that
-cannot be read (meta device, quantised, sharded) have no part in the sketch. A quantised
-layer counts with the shape of the matrix that it stands for, so the structure is that of
-the full-precision model.
+cannot be read (meta device, quantised, sharded) have no part in the sketch.
+
+A quantised layer counts with the shape of the matrix that it stands for, so the structure
+is that of the full-precision model. The sketch of a quantised base is made of what is left
+unquantised, embeddings and head and the vectors (norms, biases) too, and compared with
+those alone: an adapter trained on it loads on the same base in full precision or in
+another quantisation, and the other way round. What differs in quantised layers only is
+not seen.
 """
 
 from __future__ import annotations
@@ -169,6 +174,7 @@ def fingerprint(
     entries: list[tuple[str, tuple[int, ...]]] = []
     values: dict[str, Tensor] = {}
     fused = {name: slot for name, _, slot in slots(root) if slot.fused is not None}
+    quantised = False
     for module_name, module in _base_modules(root):
         info = describe(module, module_name)
         plain = _plain(module_name)
@@ -176,14 +182,16 @@ def fingerprint(
             entries.append((_join(plain, "weight"), (info.d_out, info.d_in)))
             if info.has_bias:
                 entries.append((_join(plain, "bias"), (info.d_out,)))
+            quantised = True
             continue
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = _join(plain, leaf)
             entries.append((name, tuple(parameter.shape)))
             value: Tensor | None = parameter
-            if leaf == "weight" and module_name in fused:
-                value = fused[module_name].originals.get("weight")
-                if value is not None and info is not None and info.kind == "conv1d":
+            if leaf in ("weight", "bias") and module_name in fused:
+                value = fused[module_name].originals.get(leaf)
+                conv1d = info is not None and info.kind == "conv1d"
+                if leaf == "weight" and value is not None and conv1d:
                     value = value.T  # as it is stored
             if value is not None and not _inside(plain, without) and _readable(value):
                 values[name] = value.detach()
@@ -191,7 +199,9 @@ def fingerprint(
     digest = hashlib.sha256()
     for name, shape in entries:
         digest.update(f"{name}{list(shape)}\n".encode())
-    chosen = _spread(sorted(values)) if names is None else [n for n in names if n in values]
+    # Few matrices are left of a quantised model: there, vectors must do as well.
+    able = sorted(n for n, v in values.items() if quantised or v.dim() == 2)
+    chosen = _spread(able) if names is None else [n for n in names if n in values]
     return Fingerprint(
         f"sha256:{digest.hexdigest()}",
         len(entries),
@@ -222,7 +232,7 @@ def _inside(name: str, modules: Collection[str]) -> bool:
 
 def _readable(value: Tensor) -> bool:
     return (
-        value.dim() == 2
+        value.dim() in (1, 2)
         and value.numel() > 0
         and value.is_floating_point()
         and not value.is_meta
@@ -237,7 +247,8 @@ def _spread(names: list[str]) -> list[str]:
 
 
 def _sample(value: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Up to 16 evenly spaced values of a matrix, read row by row, as float32."""
+    """Up to 16 evenly spaced values of a matrix, read row by row, or a vector, as float32."""
+    value = value.view(1, -1) if value.dim() == 1 else value
     rows, columns = value.shape
     count = min(_VALUES, rows * columns)
     flat = [round(i * (rows * columns - 1) / max(count - 1, 1)) for i in range(count)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from lorasmith.errors import AdapterFileError, MissingDependencyError
 from lorasmith.io import peft
 from lorasmith.io.atomic import interrupted, locked, recover
-from lorasmith.io.weights import OWN, OWNED
+from lorasmith.io.weights import OWN, OWNED, as_path
 
 __all__ = ["locate"]
 
@@ -30,7 +30,13 @@ def locate(path: str | os.PathLike[str]) -> Path:
         AdapterFileError: If there is no adapter, or more than one.
         MissingDependencyError: If the hub is needed and ``huggingface_hub`` is missing.
     """
-    folder = Path(path).expanduser()
+    try:
+        return _locate(path, as_path(path).expanduser())
+    except (OSError, RuntimeError) as error:  # a name too long, no permission, no such user
+        raise AdapterFileError(f"The path cannot be read: {error}.", file=path) from error
+
+
+def _locate(path: str | os.PathLike[str], folder: Path) -> Path:
     if not folder.exists() and folder.name and interrupted(folder):
         # A writer is between its two renames, or died there.
         try:

@@ -10,8 +10,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -25,7 +25,7 @@ from lorasmith.core.layers import LayerInfo
 from lorasmith.core.patterns import first_matching_key
 from lorasmith.core.registry import config_from_dict, variant_of, variants
 from lorasmith.core.state import SAVED, SLOT, LayerAdapter
-from lorasmith.core.variant import Factors, NewTensors, Variant
+from lorasmith.core.variant import BaseLayer, Factors, NewTensors, TensorSpec, Variant
 from lorasmith.errors import (
     AdapterFileError,
     ConfigError,
@@ -38,7 +38,15 @@ from lorasmith.io.atomic import replace_files
 from lorasmith.io.fingerprint import Fingerprint, fingerprint
 from lorasmith.io.tensors import FileTensors, MemoryTensors, TensorSource, sha256_of
 
-__all__ = ["OWN", "AdapterWeights", "BaseModel", "FileState", "check_finite", "translate"]
+__all__ = [
+    "OWN",
+    "AdapterWeights",
+    "BaseModel",
+    "FileState",
+    "as_path",
+    "check_finite",
+    "translate",
+]
 
 #: Our own file beside PEFT's two.
 OWN = "lorasmith.json"
@@ -73,7 +81,7 @@ class FileState:
     Attributes:
         config: Configuration of the adapter.
         info: The layer. Sizes that the file does not tell are 0.
-        values: Tensor name → value, float32 (or float64).
+        values: Tensor name → value, float32 (or float64); also of those that all layers share.
         training: Always ``False``.
     """
 
@@ -131,8 +139,8 @@ class AdapterWeights:
         peft: The fields of PEFT's ``adapter_config.json``.
         tensors: Name in the file → tensor in its stored dtype, read at each access.
         base: The model it was made for.
-        frozen: Names of the frozen tensors that each layer has (a part of W that an
-            initialisation took over), folded into PEFT's tensors in the file.
+        frozen: Names of the frozen tensors that each layer has of its own, e.g. a part of W
+            that an initialisation took over, folded into PEFT's tensors in the file.
         padding: Tensors of ``extras`` that are plain copies of base weights, written
             because PEFT would ask for them.
         unsupported: Why :func:`lorasmith.load` refuses it, or ``None``.
@@ -150,6 +158,7 @@ class AdapterWeights:
         padding: Collection[str] = (),
         unsupported: str | None = None,
         conv1d: Collection[str] | None = None,
+        sizes: Mapping[str, tuple[int, int]] | None = None,
         path: Path | None = None,
     ) -> None:
         self.config = config
@@ -166,11 +175,19 @@ class AdapterWeights:
         self._keys = keys
         # No model at hand: PEFT has one flag for all layers.
         transposed = bool(peft_fields.get("fan_in_fan_out"))
+        #: (d_in, d_out) of layers whose tensors do not tell, so that our own file must.
+        self._sizes: dict[str, tuple[int, int]] = {}
         self._infos = {
-            name: self._describe(name, transposed if conv1d is None else name in conv1d)
+            name: self._describe(
+                name, transposed if conv1d is None else name in conv1d, (sizes or {}).get(name)
+            )
             for name in keys
         }
-        self._factor_keys = {k for name in keys for k in self._keys_of_factors(name)}
+        self._shared_values: dict[str, Tensor] | None = None
+        self._blank_shared: dict[str, Tensor] | None = None
+        self._check_shared_keys()
+        self.check_shared(list(self._infos.values()))
+        self._factor_keys = self._keys_of_factors()
         self._saved = _saved_tensors(rest, self.peft)
         missing = [p for p in self.padding if p not in self._saved]
         if missing:
@@ -231,6 +248,7 @@ class AdapterWeights:
                     padding.append(f"{module}.{leaf}")
                     tensors[f"{peft.PREFIX}{module}.{leaf}"] = _snapshot(value)
         infos = {m: part.info for m, part in parts.items()}
+        tensors.update(_shared_tensors(variant, config, list(infos.values()), parts))
         fields = _peft_fields(
             variant,
             variant.file_config(config, frozen),
@@ -254,6 +272,7 @@ class AdapterWeights:
             frozen=frozen,
             padding=padding,
             conv1d={m for m, info in infos.items() if info.kind == "conv1d"},
+            sizes={m: (info.d_in, info.d_out) for m, info in infos.items()},
         )
 
     @classmethod
@@ -262,6 +281,7 @@ class AdapterWeights:
         config: AdapterConfig,
         tensors: Mapping[str, Mapping[str, Tensor]],
         *,
+        shared: Mapping[str, Tensor] | None = None,
         extras: Mapping[str, Tensor] | None = None,
         like: AdapterWeights | None = None,
         base: BaseModel | None = None,
@@ -273,6 +293,8 @@ class AdapterWeights:
             tensors: Module name → tensor name of the variant (``"A"``, ``"B"``,
                 ``"magnitude"``, ``"gain"``, …; frozen ones too) → value. Kept in the dtype
                 given, and not copied.
+            shared: Tensor name → value of what all layers share, if the variant's files hold
+                such tensors; by default that of the first layer in ``tensors``.
             extras: ``"<module>.<tensor>"`` → value of ``modules_to_save``.
             like: An adapter of the same base: base, task type and layout are taken over.
             base: The base model, if ``like`` does not say it.
@@ -283,19 +305,27 @@ class AdapterWeights:
         if not tensors:
             raise AdapterFileError("An adapter needs at least one layer.", key="tensors")
         variant = variant_of(config)
-        outline = variant.shapes(config, LayerInfo("", 1, 1, "linear", False, False))
-        frozen = {n for values in tensors.values() for n in values if n not in outline}
-        flat: dict[str, Tensor] = {}
-        infos = {}
+        infos, own = {}, {}
         for module, values in tensors.items():
-            missing = [n for n in (*outline, *sorted(frozen)) if n not in values]
+            layout = like.layers.get(module) if like is not None else None
+            infos[module] = info = _sizes(variant, config, module, values, layout)
+            own[module] = variant.shapes(config, info)
+        places = variant.shared_specs(config, ())
+        common = {*places, *variant.shared_tensors(config, _bare([_BLANK]))}
+        frozen = {n for m, values in tensors.items() for n in values if n not in own[m]} - common
+        flat: dict[str, Tensor] = {}
+        for module, values in tensors.items():
+            missing = [n for n in (*own[module], *sorted(frozen)) if n not in values]
             if missing:
                 raise AdapterFileError("A tensor is missing.", key=f"{module}.{missing[0]}")
-            layout = like.layers.get(module) if like is not None else None
-            info = _sizes(variant, config, module, values, layout.kind if layout else "linear")
-            for suffix, value in variant.to_file(FileState(config, info, values)).items():
+            state = FileState(config, infos[module], values)
+            for suffix, value in variant.to_file(state).items():
                 flat[f"{peft.PREFIX}{module}.{suffix}"] = value.detach().contiguous()
-            infos[module] = info
+        given = {**next(iter(tensors.values())), **(shared or {})}
+        for name, place in places.items():
+            if name not in given:
+                raise AdapterFileError("A tensor that the layers share is missing.", key=name)
+            flat[place.key] = given[name].detach().contiguous()
         saved: list[str] = []
         for key, value in (extras or {}).items():
             flat[f"{peft.PREFIX}{key}"] = value.detach().contiguous()
@@ -325,6 +355,7 @@ class AdapterWeights:
             base=base or (None if like is None else like.base),
             frozen=frozen,
             conv1d={m for m, info in infos.items() if info.kind == "conv1d"},
+            sizes={m: (info.d_in, info.d_out) for m, info in infos.items()},
         )
 
     # -- reading ---------------------------------------------------------------------
@@ -364,14 +395,15 @@ class AdapterWeights:
 
         Empty for variants that have none.
         """
-        return _Lazy([m for m in self._infos if self._keys_of_factors(m)], self._factors_of)
+        having = [m for m in self._infos if self._outline_of_factors(m) is not None]
+        return _Lazy(having, self._factors_of)
 
     @property
     def extras(self) -> Mapping[str, Tensor]:
         """Everything beside the factors, ``"<module>.<tensor>"`` → value as it is stored.
 
-        Gains, magnitudes, ``modules_to_save``, and what lorasmith does not know; read at
-        each access.
+        What the layers share stands under its name in the file. Gains, magnitudes,
+        ``modules_to_save``, and what lorasmith does not know; read at each access.
         """
         keys = {k.removeprefix(peft.PREFIX): k for k in self.tensors if k not in self._factor_keys}
         return _Lazy(keys, lambda key: self.tensors[keys[key]])
@@ -380,6 +412,7 @@ class AdapterWeights:
     def dtype(self) -> torch.dtype:
         """The dtype in which the variant's tensors are stored; the widest if they differ."""
         kinds = {self.tensors.dtype(k) for keys in self._keys.values() for k in keys.values()}
+        kinds |= {self.tensors.dtype(spec.key) for spec in self._shared_specs().values()}
         found = kinds.pop()
         for kind in kinds:
             found = torch.promote_types(found, kind)
@@ -401,12 +434,12 @@ class AdapterWeights:
 
         Raises:
             UnknownNameError: If the adapter does not adapt that layer.
-            AdapterFileError: If a value is not finite.
+            AdapterFileError: If a value is not finite, or what the layers share is not in the
+                file and cannot be made without the model.
         """
         new = self.new_tensors(module)
-        return FileState(
-            self.config, self._infos[module], {**dict(new.trainable), **dict(new.frozen)}
-        )
+        values = {**self.shared_tensors(), **dict(new.trainable), **dict(new.frozen)}
+        return FileState(self.config, self._infos[module], values)
 
     def new_tensors(self, module: str, info: LayerInfo | None = None) -> NewTensors:
         """What :meth:`state` gives, told apart into trainable and frozen tensors.
@@ -422,14 +455,45 @@ class AdapterWeights:
                 got=module,
                 key=module,
             )
-        values = {}
-        for suffix, key in self._keys[module].items():
-            value = self.tensors[key]
-            check_finite(value, key, self.path and self.path / peft.WEIGHTS)
-            if value.dtype != torch.float64:
-                value = value.to(torch.float32)
-            values[suffix] = value
+        values = {suffix: self._value(key) for suffix, key in self._keys[module].items()}
         return self._variant.from_file(self.config, info or self._infos[module], values)
+
+    def shared_tensors(self, infos: Sequence[LayerInfo] | None = None) -> dict[str, Tensor]:
+        """What all layers share (VeRA's matrices): name → value on the CPU, float32.
+
+        Read, or where files do not hold it made anew, and then kept.
+
+        Args:
+            infos: All layers as a model has them; what the files tell by default.
+
+        Raises:
+            AdapterFileError: If a value is not finite, or it must be made anew and the files
+                do not tell the sizes of the layers.
+        """
+        if self._shared_values is not None and infos is None:
+            return dict(self._shared_values)
+        layers = list(self._infos.values()) if infos is None else list(infos)
+        specs = self._shared_specs()
+        if specs:
+            values = {name: self._value(spec.key) for name, spec in specs.items()}
+        else:
+            values = self._variant.shared_tensors(self.config, _bare(layers))
+            if values and not all(i.d_in and i.d_out for i in layers):
+                raise self._error(
+                    "The file does not hold what the layers share, nor tell the sizes of the "
+                    "layers that it could be made from.",
+                    key=next(iter(values)),
+                    fix="load it onto its model, or save it with these tensors",
+                )
+        if infos is None:
+            self._shared_values = values
+        return dict(values)
+
+    def _value(self, key: str) -> Tensor:
+        """One tensor of the file, checked, float32 or float64."""
+        value = self.tensors[key]
+        check_finite(value, key, self.path and self.path / peft.WEIGHTS)
+        return value if value.dtype == torch.float64 else value.to(torch.float32)
 
     def delta(
         self,
@@ -474,7 +538,9 @@ class AdapterWeights:
             )
         wide = weight.detach().to(dtype)
         moved = FileState(
-            state.config, info, {n: t.to(wide.device, dtype) for n, t in state.values.items()}
+            state.config,
+            replace(info, d_out=shape[0], d_in=shape[1]),
+            {n: t.to(wide.device, dtype) for n, t in state.values.items()},
         )
         return self._variant.effective_weight(moved, wide) - wide
 
@@ -495,11 +561,11 @@ class AdapterWeights:
             AdapterFileError: If the path holds something other than an adapter, a value is
                 not finite, or writing fails; the path is as it was then.
         """
-        target = Path(path)
-        _check_target(target, beside)
-        for key in self.tensors:
-            check_finite(self.tensors[key], key, None)
+        target = as_path(path)
         try:
+            _check_target(target, beside)
+            for key in self.tensors:
+                check_finite(self.tensors[key], key, None)
             replace_files(target, OWNED, self._write)
         except OSError as error:
             raise AdapterFileError(
@@ -530,6 +596,7 @@ class AdapterWeights:
             "config": None if self.unsupported else self.config.to_dict(),
             "frozen": list(self.frozen),
             "padding": list(self.padding),
+            "sizes": {m: list(sizes) for m, sizes in self._sizes.items()},
             "base": {
                 "name": self.base.name,
                 "fingerprint": None
@@ -548,8 +615,14 @@ class AdapterWeights:
     def _error(self, what: str, **details: Any) -> AdapterFileError:
         return AdapterFileError(what, file=self.path, **details)
 
-    def _describe(self, module: str, conv1d: bool) -> LayerInfo:
-        """The layer of a module by the sizes of its tensors, all of which are checked."""
+    def _describe(self, module: str, conv1d: bool, sizes: tuple[int, int] | None) -> LayerInfo:
+        """The layer of a module by the sizes of its tensors, all of which are checked.
+
+        Args:
+            module: Its name.
+            conv1d: Whether it stores its weight transposed.
+            sizes: (d_in, d_out) as far as they are known from elsewhere.
+        """
         keys = self._keys[module]
         kind: Literal["linear", "conv1d"] = "conv1d" if conv1d else "linear"
         weights = self.path and self.path / peft.WEIGHTS
@@ -565,7 +638,7 @@ class AdapterWeights:
                 )
         shapes = {suffix: self.tensors.shape(key) for suffix, key in keys.items()}
         try:
-            d_in, d_out = self._variant.sizes_from_file(shapes)
+            d_in, d_out = self._variant.layer_sizes(self._file_config, shapes)
         except (IndexError, KeyError, ValueError) as error:
             raise AdapterFileError(
                 "The tensors of a layer have impossible shapes.",
@@ -573,18 +646,69 @@ class AdapterWeights:
                 key=module,
                 got=", ".join(f"{s} {list(shape)}" for s, shape in shapes.items()),
             ) from error
+        if sizes is not None and not (d_in and d_out):
+            if (d_in or sizes[0], d_out or sizes[1]) != sizes:
+                raise AdapterFileError(
+                    "The sizes of a layer are others than its tensors say.",
+                    file=self.path and self.path / OWN,
+                    key=module,
+                    expected=f"{d_in or 'd_in'} → {d_out or 'd_out'}",
+                    got=f"{sizes[0]} → {sizes[1]}",
+                )
+            d_in, d_out = sizes
+            if d_in and d_out:
+                self._sizes[module] = sizes
         info = LayerInfo(module, d_in, d_out, kind, False, False)
         self.check_shapes(info)
         for key in keys.values():
-            if not self.tensors.dtype(key).is_floating_point:
-                raise AdapterFileError(
-                    "A tensor does not hold floating-point numbers.",
-                    file=weights,
-                    key=key,
-                    expected="float32, float16, bfloat16 or float64",
-                    got=str(self.tensors.dtype(key)).removeprefix("torch."),
-                )
+            self._check_dtype(key)
         return info
+
+    def _check_dtype(self, key: str) -> None:
+        if not self.tensors.dtype(key).is_floating_point:
+            raise AdapterFileError(
+                "A tensor does not hold floating-point numbers.",
+                file=self.path and self.path / peft.WEIGHTS,
+                key=key,
+                expected="float32, float16, bfloat16 or float64",
+                got=str(self.tensors.dtype(key)).removeprefix("torch."),
+            )
+
+    def _shared_specs(self, infos: Sequence[LayerInfo] = ()) -> dict[str, TensorSpec]:
+        return self._variant.shared_specs(self._file_config, infos)
+
+    def _check_shared_keys(self) -> None:
+        for spec in self._shared_specs().values():
+            if spec.key not in self.tensors:
+                raise AdapterFileError(
+                    "A tensor that the layers share is missing.",
+                    file=self.path and self.path / peft.WEIGHTS,
+                    key=spec.key,
+                    fix="the file is incomplete; save or download the adapter again",
+                )
+            self._check_dtype(spec.key)
+
+    def check_shared(self, infos: Sequence[LayerInfo]) -> None:
+        """Compares what the layers share with what their sizes and the configuration ask for.
+
+        Args:
+            infos: All layers of the adapter.
+
+        Raises:
+            AdapterFileError: If one of the tensors has another shape.
+        """
+        for spec in self._shared_specs(infos).values():
+            got = self.tensors.shape(spec.key)
+            if not _agrees(spec.shape, got):
+                raise AdapterFileError(
+                    "A tensor that the layers share has another shape than they and the "
+                    "configuration ask for.",
+                    file=self.path and self.path / peft.WEIGHTS,
+                    key=spec.key,
+                    expected=[size or "any" for size in spec.shape],
+                    got=list(got),
+                    fix="is it the right base model, and the right adapter_config.json?",
+                )
 
     def check_shapes(self, info: LayerInfo) -> None:
         """Compares the tensors of a layer with what its sizes and the configuration ask for.
@@ -592,13 +716,25 @@ class AdapterWeights:
         Raises:
             AdapterFileError: If one has another shape.
         """
-        for spec in self._variant.tensor_specs(self._file_config, info).values():
-            key = self._keys[info.name][spec.key]
+        weights, keys = self.path and self.path / peft.WEIGHTS, self._keys[info.name]
+        specs = self._variant.tensor_specs(self._file_config, info)
+        for suffix in sorted(keys.keys() ^ {spec.key for spec in specs.values()}):
+            # Which tensors there are can depend on the sizes.
+            raise AdapterFileError(
+                "A tensor is not one that its layer has."
+                if suffix in keys
+                else "A tensor is missing.",
+                file=weights,
+                key=f"{peft.PREFIX}{info.name}.{suffix}",
+                fix="is it the right base model, and the right adapter_config.json?",
+            )
+        for spec in specs.values():
+            key = keys[spec.key]
             got = self.tensors.shape(key)
-            if got != spec.shape:
+            if not _agrees(spec.shape, got):
                 raise AdapterFileError(
                     "A tensor has another shape than its layer and configuration ask for.",
-                    file=self.path and self.path / peft.WEIGHTS,
+                    file=weights,
                     key=key,
                     expected=f"{list(spec.shape)} (layer {info.d_in} → {info.d_out}"
                     + (
@@ -634,21 +770,34 @@ class AdapterWeights:
         }
         return self._variant.from_file(self.config, self._infos[module], blank)
 
-    def _keys_of_factors(self, module: str) -> list[str]:
-        """Names in the file of the tensors that are the layer's factors."""
-        info = self._infos[module]
-        specs = self._variant.tensor_specs(self._file_config, info)
+    def _outline_state(self, module: str) -> FileState:
+        """What :meth:`state` gives, without the values."""
+        infos = list(self._infos.values())
+        if self._blank_shared is None:
+            specs = self._shared_specs(infos)
+            made = {n: torch.empty(s.shape, device="meta") for n, s in specs.items()}
+            bare = _bare(infos, device="meta")
+            self._blank_shared = made or self._variant.shared_tensors(self.config, bare)
         new = self._outline(module)
-        state = FileState(self.config, info, {**dict(new.trainable), **dict(new.frozen)})
-        found = self._variant.factors(state)
-        if found is None:
-            return []
-        shown = {id(t) for t in (found.A, found.B)}
-        return [
-            self._keys[module][spec.key]
-            for name, spec in specs.items()
-            if id(state.values[name]) in shown
-        ]
+        values = {**self._blank_shared, **dict(new.trainable), **dict(new.frozen)}
+        return FileState(self.config, self._infos[module], values)
+
+    def _outline_of_factors(self, module: str) -> Factors | None:
+        return self._variant.factors(self._outline_state(module))
+
+    def _keys_of_factors(self) -> set[str]:
+        """Names in the file of the tensors that are a layer's factors as they are."""
+        names = set()
+        for module, info in self._infos.items():
+            state = self._outline_state(module)
+            found = self._variant.factors(state)
+            if found is None:
+                continue
+            shown = {id(t) for t in (found.A, found.B)}
+            for name, spec in self._variant.tensor_specs(self._file_config, info).items():
+                if id(state.values[name]) in shown:
+                    names.add(self._keys[module][spec.key])
+        return names
 
     def _factors_of(self, module: str) -> Factors:
         found = self._variant.factors(self.state(module))
@@ -709,7 +858,8 @@ def translate(
         key="peft_type",
         expected=", ".join(known),
         got=kind,
-        fix="lorasmith.register(...) adds a variant of your own",
+        fix="lorasmith.register(...) adds a variant of your own; on the command line, "
+        "--plugin FILE",
     )
 
 
@@ -754,12 +904,17 @@ def _claim(fields: Mapping[str, Any], tensors: Collection[str]) -> AdapterConfig
 def _arrange(
     variant: Variant, config: AdapterConfig, tensors: Collection[str]
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Module name → PEFT key → name in the file; and the names that fit no PEFT key."""
-    blank = LayerInfo("", 1, 1, "linear", False, False)
-    suffixes = [spec.key for spec in variant.tensor_specs(config, blank).values()]
+    """Module name → PEFT key → name in the file; and the names that fit no PEFT key.
+
+    What the layers share is in neither.
+    """
+    suffixes = [spec.key for spec in variant.tensor_specs(config, _BLANK).values()]
+    shared = {spec.key for spec in variant.shared_specs(config, ()).values()}
     found: dict[str, dict[str, str]] = {}
     rest = []
     for key in tensors:
+        if key in shared:
+            continue
         name = key.removeprefix(peft.PREFIX)
         suffix = next((s for s in suffixes if name.endswith(f".{s}")), None)
         if suffix is None or name == key:
@@ -843,22 +998,83 @@ def _whole(value: Any) -> Any:
     return value
 
 
+#: A layer of no model, for questions that do not depend on it.
+_BLANK = LayerInfo("", 1, 1, "linear", False, False)
+
+
+def _bare(infos: Sequence[LayerInfo], device: str = "cpu") -> list[BaseLayer]:
+    """Layers without a model: sizes, and a device."""
+    holder = nn.Module()
+    holder.register_buffer("none", torch.empty(0, device=device))
+    return [BaseLayer(holder, info) for info in infos]
+
+
+def _shared_tensors(
+    variant: Variant,
+    config: AdapterConfig,
+    infos: Sequence[LayerInfo],
+    parts: Mapping[str, LayerAdapter],
+) -> dict[str, Tensor]:
+    """Name in the file → value of what the layers of an attached adapter share."""
+    shared = next(part.shared for part in parts.values())
+    if shared is None:
+        return {}
+    specs = variant.shared_specs(config, infos)
+    if specs:
+        return {spec.key: _snapshot(shared[name]) for name, spec in specs.items()}
+    for name, value in variant.shared_tensors(config, _bare(infos)).items():
+        mine = shared[name]
+        if not mine.is_meta and not torch.equal(mine.to(value.device), value):
+            raise AdapterFileError(
+                "What the layers share is not to be saved, and could not be made again: the "
+                "adapter has other values than its configuration gives here.",
+                key=name,
+                fix="save these tensors as well (save_projection=True, with VeRA)",
+            )
+    return {}
+
+
 def _sizes(
     variant: Variant,
     config: AdapterConfig,
     module: str,
     values: Mapping[str, Tensor],
-    kind: Literal["linear", "conv1d", "opaque"],
+    layout: LayerInfo | None,
 ) -> LayerInfo:
-    """The layer that the variant's tensors fit; a size that they do not tell is 0."""
-    # Sizes that no rank can equal show which dimension of each tensor is which.
+    """The layer that the variant's tensors fit; a size that nothing tells is 0.
+
+    Args:
+        variant: The variant.
+        config: Its configuration.
+        module: Name of the layer.
+        values: Tensor name → value.
+        layout: What another adapter knows of the layer.
+    """
+    kind = layout.kind if layout is not None else "linear"
+    shapes = {n: tuple(t.shape) for n, t in values.items()}
+
+    def fits(info: LayerInfo) -> bool:
+        return all(_agrees(s, shapes.get(n)) for n, s in variant.shapes(config, info).items())
+
+    if layout is not None and layout.d_in and layout.d_out and fits(layout):
+        return LayerInfo(module, layout.d_in, layout.d_out, kind, False, False)
+    # Where a file holds the tensors as they are, the variant can tell ...
+    try:
+        d_in, d_out = variant.sizes_from_tensors(config, shapes)
+    except (IndexError, KeyError, ValueError):
+        pass
+    else:
+        info = LayerInfo(module, d_in, d_out, kind, False, False)
+        if fits(info):
+            return info
+    # ... else sizes that no rank can equal show which dimension of each tensor is which.
     probe = {"d_in": 2**61 - 1, "d_out": 2**31 - 1}
     blank = LayerInfo(module, probe["d_in"], probe["d_out"], kind, False, False)
-    shapes = variant.shapes(config, blank)
     sizes: dict[str, int] = {}
-    for name, shape in shapes.items():
-        got = tuple(values[name].shape)
-        wanted = []
+    for name, shape in variant.shapes(config, blank).items():
+        if name not in shapes:
+            raise AdapterFileError("A tensor is missing.", key=f"{module}.{name}")
+        got, wanted = shapes[name], []
         for place, size in enumerate(shape):
             role = next((r for r, p in probe.items() if p == size), None)
             if role is not None and place < len(got):
@@ -872,6 +1088,30 @@ def _sizes(
                 got=list(got),
             )
     return LayerInfo(module, sizes.get("d_in", 0), sizes.get("d_out", 0), kind, False, False)
+
+
+def _agrees(wanted: tuple[int, ...], got: tuple[int, ...] | None) -> bool:
+    """Whether a shape is the wanted one, where a size of 0 is not known and may be any."""
+    return (
+        got is not None
+        and len(got) == len(wanted)
+        and all(want in (0, size) for want, size in zip(wanted, got, strict=True))
+    )
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """A path that the system can have, or an ``AdapterFileError``."""
+    try:
+        encoded = os.fsencode(path)
+    except (TypeError, ValueError):
+        encoded = b"\0"
+    if b"\0" in encoded or not isinstance(path, str | os.PathLike):
+        raise AdapterFileError(
+            "That cannot be a path.",
+            expected="a string or path that the file system can have, without null characters",
+            got=repr(path),
+        )
+    return Path(path)
 
 
 def _snapshot(value: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
 
@@ -21,10 +21,11 @@ from lorasmith.errors import ConfigError
 if TYPE_CHECKING:
     from lorasmith.core.config import AdapterConfig
 
-__all__ = ["AdapterOptions", "Packing", "Schedule", "TrainConfig"]
+__all__ = ["AdapterOptions", "Packing", "Quantization", "Schedule", "TrainConfig"]
 
 Packing = Literal["auto", "on", "off"]
 Schedule = Literal["linear", "cosine", "constant"]
+Quantization = Literal["nf4", "fp4", "int8", "int4", "int8-torchao"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class AdapterOptions:
     """Which adapter to train. What is left out takes the variant's default."""
 
     variant: str = "lora"
-    """Adapter family: lora, dora, ia3, ia3_ff, or one that was registered."""
+    """Adapter family; lorasmith variants lists them."""
 
     r: int | None = None
     """Rank of the update."""
@@ -56,7 +57,11 @@ class AdapterOptions:
     """standard (alpha / r) or rslora (alpha / √r)."""
 
     init: str | None = None
-    """How the tensors start: kaiming, gaussian, pissa, …"""
+    """How the tensors start: kaiming, gaussian, orthogonal, pissa, olora, eva, corda, lora_ga,
+    loftq."""
+
+    init_options: dict[str, Any] | None = None
+    """Options of the initialisation, as JSON: {"NAME": VALUE}."""
 
     rank_pattern: dict[str, int] | None = None
     """Ranks of single layers, as JSON: {"NAME": RANK}."""
@@ -184,6 +189,16 @@ class TrainConfig:
     limit: int | None = None
     """Use at most so many rows."""
 
+    calibration: str | None = None
+    """Rows to start from, in the same forms as DATA, for adapters that look at data first
+    (initialisations eva, corda, lora_ga, …). Default: the first of DATA's."""
+
+    calibration_split: str = "train"
+    """Split of --calibration."""
+
+    calibration_rows: int | None = None
+    """Start from so many rows; default: 128."""
+
     eval_data: str | None = None
     """Rows to evaluate on, in the same forms as DATA."""
 
@@ -223,6 +238,9 @@ class TrainConfig:
     warmup: float = 0.03
     """Steps of linear warm-up; a value below 1 is a fraction of all steps, rounded down."""
 
+    lora_plus_ratio: float | None = None
+    """LoRA+: learn B so many times as fast as A, e.g. 16. Default: one rate for all."""
+
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
 
@@ -234,6 +252,13 @@ class TrainConfig:
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """dtype of the base model; the adapter is float32 always."""
+
+    quantize: Quantization | None = None
+    """Quantise the base model while loading it: nf4, fp4 or int8 (bitsandbytes), int4 or
+    int8-torchao (torchao)."""
+
+    dequantize: bool = False
+    """Let an adapter that must read the base's weights dequantise them, layer by layer."""
 
     device: str = "auto"
     """auto, cpu, cuda or mps."""
@@ -291,6 +316,7 @@ class TrainConfig:
             "steps",
             "limit",
             "eval_limit",
+            "calibration_rows",
             "max_length",
             "batch_size",
             "gradient_accumulation",
@@ -312,6 +338,8 @@ class TrainConfig:
             )
         _check_number("epochs", self.epochs, above=0.0)
         _check_number("lr", self.lr, above=0.0)
+        if self.lora_plus_ratio is not None:
+            _check_number("lora_plus_ratio", self.lora_plus_ratio, above=0.0)
         _check_number("warmup", self.warmup, at_least=0.0)
         _check_number("weight_decay", self.weight_decay, at_least=0.0)
         _check_number("max_grad_norm", self.max_grad_norm, at_least=0.0)
@@ -319,6 +347,8 @@ class TrainConfig:
         _check_choice("packing", self.packing, ("auto", "on", "off"))
         _check_choice("schedule", self.schedule, ("linear", "cosine", "constant"))
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        if self.quantize is not None:
+            _check_choice("quantize", self.quantize, get_args(Quantization))
         self._check_together()
 
     def _check_together(self) -> None:

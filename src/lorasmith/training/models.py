@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ALIASES",
     "DTYPES",
+    "QUANTIZATIONS",
     "ResolvedModel",
     "cache_dir",
     "load_config",
@@ -54,6 +55,15 @@ logger = logging.getLogger(__name__)
 
 #: What ``dtype`` may be, beside ``"auto"``.
 DTYPES = ("float32", "bfloat16", "float16")
+
+#: What ``quantize`` may be → the format, and the package that has it.
+QUANTIZATIONS: Mapping[str, tuple[str, str]] = {
+    "nf4": ("4-bit normal float, scales quantised too (QLoRA)", "bitsandbytes"),
+    "fp4": ("4-bit float, scales quantised too", "bitsandbytes"),
+    "int8": ("8-bit integers, one scale a row (LLM.int8)", "bitsandbytes"),
+    "int4": ("4-bit integers in groups of 32, each in a byte", "torchao"),
+    "int8-torchao": ("8-bit integers, one scale a row, weights only", "torchao"),
+}
 
 #: Seconds after which a hub that does not answer counts as out of reach.
 HUB_TIMEOUT = 3.0
@@ -545,8 +555,15 @@ def load_model(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantize: str | None = None,
 ) -> tuple[Any, Any]:
     """Loads a causal language model and its tokenizer.
+
+    A quantised model is ready for adapters as it is. Unlike HF PEFT's
+    ``prepare_model_for_kbit_training``, nothing is cast to float32: adapters are float32
+    anyway, norms compute in float32 by themselves, and embeddings and head would take
+    twice the memory and give other values than those that the adapter is served with.
+    Nor do inputs need gradients, for checkpointing here is not the re-entrant kind.
 
     Args:
         name: Alias, hub id, directory, ``.gguf`` file, or what :func:`resolve_model` gave.
@@ -555,6 +572,9 @@ def load_model(
         device: ``"auto"`` (an accelerator if there is one), or a torch device.
         revision: Branch, tag or commit, for hub ids.
         trust_remote_code: Whether code that comes with the model may run. Off by default.
+        quantize: Quantise all linear layers but the output head while loading: a name in
+            :data:`QUANTIZATIONS`. ``dtype`` is then that of the rest and of the computation.
+            ``"int4"`` leaves layers whose input is no multiple of 32 as they are, too.
 
     Returns:
         ``(model, tokenizer)``. The model is in eval mode, on the device; the tokenizer has
@@ -562,18 +582,36 @@ def load_model(
 
     Raises:
         ModelError: The model cannot be found or read, or lacks some of its weights.
-        MissingDependencyError: Transformers is not installed.
+        ConfigError: There is no such quantisation, or the checkpoint is quantised already.
+        MissingDependencyError: Transformers, or the package that quantises, is not installed.
     """
+    if quantize is not None:
+        _check_quantization(quantize)
     transformers = _transformers()
     resolved = name if isinstance(name, ResolvedModel) else resolve_model(name, revision=revision)
     where = resolve_device(device)
     config = load_config(resolved, trust_remote_code=trust_remote_code)
     kind = resolve_dtype(dtype, _checkpoint_dtype(config), where)
     arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    stored = getattr(config, "quantization_config", None)
+    if quantize is not None and stored is not None:
+        raise ConfigError(
+            f"The checkpoint {resolved.name} is quantised already.",
+            expected="a checkpoint in full precision, or no quantize",
+            got=_method(stored),
+            key="quantize",
+        )
     if resolved.gguf_file is not None:
         arguments |= {"gguf_file": resolved.gguf_file, **_dequantised(transformers)}
     else:
         arguments["config"] = config
+        if quantize is not None:
+            arguments["quantization_config"] = _explained(
+                lambda: _quantization(transformers, quantize, kind, config), resolved.name
+            )
+        if quantize is not None or stored is not None:
+            # Some quantised models cannot be moved afterwards.
+            arguments["device_map"] = {"": where}
     with quiet():
         model, report = _explained(
             lambda: transformers.AutoModelForCausalLM.from_pretrained(
@@ -606,7 +644,134 @@ def load_model(
             got=f"{len(tokenizer)} tokens",
             fix="use the tokenizer that belongs to this model",
         )
+    if resolved.gguf_file is not None and quantize is not None:
+        # Transformers reads a GGUF file in full precision or in its own blocks, nothing else.
+        quantize_in_place(model, quantize, kind, where)
+    if "device_map" in arguments:
+        return model.eval(), tokenizer
     return model.to(where).eval(), tokenizer
+
+
+# Quantising ----------------------------------------------------------------------------------
+
+
+def _method(stored: Any) -> str:
+    found = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    return str(getattr(found, "value", found))
+
+
+def _check_quantization(quantize: str) -> None:
+    if quantize not in QUANTIZATIONS:
+        raise ConfigError(
+            "That quantisation is not known.",
+            expected=", ".join(QUANTIZATIONS),
+            got=repr(quantize),
+            key="quantize",
+        )
+    package = QUANTIZATIONS[quantize][1]
+    if importlib.util.find_spec(package) is None:
+        raise MissingDependencyError(
+            f"Quantising to {quantize} needs {package}, which is not installed.",
+            fix='pip install "lorasmith[quant]"',
+            key="quantize",
+        )
+
+
+def _torchao(quantize: str) -> Any:
+    """torchao's own configuration of a quantisation."""
+    import torch
+
+    library: Any = importlib.import_module("torchao.quantization")
+    if quantize == "int8-torchao":
+        return library.Int8WeightOnlyConfig()
+    granularity = importlib.import_module("torchao.quantization.granularity").PerGroup(_GROUP)
+    # Its packed 4-bit formats have no backward pass on a CPU, or no kernel at all.
+    four: Any = getattr(torch, "int4")  # noqa: B009  # which torch's types do not know
+    return library.IntxWeightOnlyConfig(weight_dtype=four, granularity=granularity)
+
+
+def _quantization(transformers: Any, quantize: str, dtype: torch.dtype, config: Any) -> Any:
+    """Transformers' configuration of a quantisation."""
+    import torch
+
+    if quantize == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    if quantize in ("nf4", "fp4"):
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantize,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(config)
+    left = sorted({n for n, m in empty.named_modules() if _left_out(m, empty, quantize)})
+    return transformers.TorchAoConfig(_torchao(quantize), modules_to_not_convert=left)
+
+
+#: Values that share a scale in ``int4``.
+_GROUP = 32
+
+
+def _left_out(layer: Any, model: Any, quantize: str) -> bool:
+    """Whether a linear layer stays as it is: the head, and what groups do not divide."""
+    from torch import nn
+
+    if not isinstance(layer, nn.Linear):
+        return False
+    divided = quantize != "int4" or layer.in_features % _GROUP == 0
+    return layer is model.get_output_embeddings() or not divided
+
+
+def quantize_in_place(
+    model: Any, quantize: str, dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Quantises all linear layers but the output head of a model that is in memory.
+
+    Args:
+        model: The model; its layers are replaced, one at a time.
+        quantize: A name in :data:`QUANTIZATIONS`.
+        dtype: In which 4-bit layers compute.
+        device: Where the quantised layers are put.
+    """
+    from torch import nn
+
+    _check_quantization(quantize)
+    chosen = [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if type(layer) is nn.Linear and not _left_out(layer, model, quantize)
+    ]
+    if QUANTIZATIONS[quantize][1] == "torchao":
+        names = {name for name, _ in chosen}
+        library: Any = importlib.import_module("torchao.quantization")
+        library.quantize_(
+            model.to(device), _torchao(quantize), filter_fn=lambda _, name: name in names
+        )
+        return
+    layers: Any = importlib.import_module("bitsandbytes.nn")
+    for name, layer in chosen:
+        sizes = (layer.in_features, layer.out_features, layer.bias is not None)
+        made: Any
+        if quantize == "int8":
+            made = layers.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0, device="meta")
+            made.weight = layers.Int8Params(
+                layer.weight.data, requires_grad=False, has_fp16_weights=False
+            )
+        else:
+            made = layers.Linear4bit(
+                *sizes, compute_dtype=dtype, quant_type=quantize, device="meta"
+            )
+            made.weight = layers.Params4bit(
+                layer.weight.data,
+                requires_grad=False,
+                quant_type=quantize,
+                compress_statistics=True,
+                module=made,
+            )
+        made.bias = layer.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, made.to(device).train(layer.training))
 
 
 # dtype and device ----------------------------------------------------------------------------

@@ -40,6 +40,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lorasmith.core.optim import check_lora_plus, param_groups
+from lorasmith.core.quantized import numel
+from lorasmith.core.registry import variant_of
 from lorasmith.errors import (
     ConfigError,
     LorasmithError,
@@ -48,6 +51,7 @@ from lorasmith.errors import (
     TrainingError,
 )
 from lorasmith.training import checkpoints
+from lorasmith.training.calibration import calibration_batches
 from lorasmith.training.collate import Collator, PackingCollator, choose_collator
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.data import load_rows, split_rows, tokenise
@@ -73,6 +77,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from lorasmith.core.adapter import Adapter
+    from lorasmith.core.config import AdapterConfig
 
 __all__ = ["EvalPoint", "LossPoint", "TrainResult", "TrainingInterrupted", "train"]
 
@@ -151,7 +156,8 @@ class TrainResult:
         peak_memory_bytes: Of the accelerator if there is one, else of the process (resident,
             since it began).
         trainable_parameters: Values that are trained.
-        total_parameters: Values of base model and adapter.
+        total_parameters: Values of base model and adapter; a quantised layer counts as the
+            matrix that it stands for.
         packing: How rows become batches, and why.
         base: Name of the base model.
         dtype: dtype of the base model.
@@ -260,13 +266,42 @@ def train(
             expected="both model and tokenizer, or neither",
             key="tokenizer",
         )
-    import lorasmith as ls
-
     adapter_config = config.adapter.to_config()
+    if config.lora_plus_ratio is not None:
+        check_lora_plus(variant_of(adapter_config))
     device = _device(config)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     checkpoint = checkpoints.choose_checkpoint(config.resume, config.output, processes=processes)
-    _prepare_output(config, checkpoint)
+    with _nothing_empty_left(config.output):
+        _prepare_output(config, checkpoint)
+        return _train(config, adapter_config, device, checkpoint, model, tokenizer, progress)
+
+
+@contextlib.contextmanager
+def _nothing_empty_left(output: Path) -> Iterator[None]:
+    """On failure, takes away the directories that were made for a run and hold nothing."""
+    made = [path for path in (output, *output.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        if _is_main():
+            with contextlib.suppress(OSError):  # it is not empty, or was never made
+                for path in made:
+                    path.rmdir()
+        raise
+
+
+def _train(
+    config: TrainConfig,
+    adapter_config: AdapterConfig,
+    device: torch.device,
+    checkpoint: Path | None,
+    model: Any,
+    tokenizer: Any,
+    progress: bool,
+) -> TrainResult:
+    import lorasmith as ls
+
     before = _Before(config, checkpoint)
     loaded = model is None
     if model is None:
@@ -276,12 +311,18 @@ def train(
             device=str(device),
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
+            quantize=config.quantize,
         )
     with quiet(), contextlib.ExitStack() as failed, contextlib.ExitStack() as stack:
         rows, eval_rows = _rows(config, tokenizer)
         before.check_rows(rows)
         transformers.set_seed(config.seed)
-        adapter = ls.attach(model, adapter_config)
+        adapter = ls.attach(
+            model,
+            adapter_config,
+            calibration=calibration_batches(config, adapter_config, tokenizer, rows),
+            dequantize=config.dequantize,
+        )
         if not loaded:
             # On failure a model that belongs to the caller must be as it was.
             failed.callback(_detach_quietly, model, adapter.name)
@@ -694,6 +735,22 @@ class _AdapterTrainer(Trainer):
         """0: nobody reads Trainer's estimate, and making it walks through all parameters."""
         return 0
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's optimiser; with LoRA+ over groups with rates of their own."""
+        config = self.run_config
+        if config.lora_plus_ratio is None or self.optimizer is not None:
+            made: torch.optim.Optimizer = super().create_optimizer(model)
+            return made
+        groups = param_groups(
+            self.adapter,
+            config.lr,
+            lora_plus_ratio=config.lora_plus_ratio,
+            weight_decay=config.weight_decay,
+        )
+        kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.base)
+        self.optimizer = kind(groups, **settings)
+        return self.optimizer
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices only: gains and magnitudes do not belong near zero."""
         return [n for n, p in model.named_parameters() if p.requires_grad and p.dim() >= 2]
@@ -935,7 +992,7 @@ class _AdapterTrainer(Trainer):
             tokens_per_second=tokens / max(seconds - self.eval_seconds, 1e-9),
             peak_memory_bytes=peak_memory_bytes(self.args.device),
             trainable_parameters=self.adapter.num_parameters(),
-            total_parameters=sum(p.numel() for p in parameters),
+            total_parameters=numel(self.base),
             packing=self.packing,
             base=str(getattr(self.base, "name_or_path", "") or self.run_config.model),
             dtype=str(base.dtype if base is not None else "").removeprefix("torch."),
