@@ -20,7 +20,9 @@ __all__ = [
     "equals_formula",
     "files_both_ways",
     "on_qwen",
+    "one_layer",
     "same_as_peft",
+    "same_dropout_as_peft",
     "saved_by",
     "second_derivatives",
     "theirs",
@@ -45,7 +47,8 @@ def dense_weight(layer: nn.Module) -> Tensor:
     return weight.T if type(layer).__name__ == "Conv1D" else weight
 
 
-def _layer(kind: str, d_in: int, d_out: int) -> nn.Module:
+def one_layer(kind: str, d_in: int, d_out: int) -> nn.Module:
+    """A random ``"linear"`` or ``"conv1d"`` layer with a bias, in float64."""
     torch.manual_seed(0)
     if kind == "linear":
         return nn.Linear(d_in, d_out).double()
@@ -75,7 +78,7 @@ def equals_formula(
         d_out: Size of its output.
         dense_input: Whether x needs a gradient.
     """
-    base = _layer(kind, d_in, d_out)
+    base = one_layer(kind, d_in, d_out)
     model = nn.Sequential(base)
     weight, bias = dense_weight(base).clone(), base.bias.detach().clone()  # type: ignore[operator, union-attr]
     adapter = ls.attach(model, config)
@@ -201,6 +204,25 @@ def same_as_peft(
     merged = other.merge_and_unload()
     ls.fuse(base)
     torch.testing.assert_close(run(base, batch), run(merged, batch), atol=1e-5, rtol=1e-5)
+
+
+def same_dropout_as_peft(config: Any, peft_config: Any, keys: Mapping[str, str]) -> None:
+    """In training, the same state of the generator drops the same as in PEFT."""
+    base = llama()
+    other = theirs(base, peft_config)
+    pairs = _pairs(other, ls.attach(base, config), keys)
+    randomise(p for p, _ in pairs.values())
+    with torch.no_grad():
+        for their, mine in pairs.values():
+            mine.copy_(their)
+    batch = FAMILIES["llama"].batch()
+    bare = run(base.eval(), batch)
+    torch.manual_seed(4)
+    wanted = run(other.train(), batch)
+    torch.manual_seed(4)
+    got = run(base.train(), batch)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    assert (got - bare).abs().max() > 1e-3, "nothing was dropped"
 
 
 def files_both_ways(config: Any, peft_config: Any, folder: Path) -> None:

@@ -346,6 +346,22 @@ def test_triplets_are_orthonormal_whatever_the_rank(rank: int) -> None:
     assert (s[:-1] >= s[1:] - 1e-9).all()
 
 
+@pytest.mark.parametrize("least", [1e-3, 1e-4, 1e-5, 2e-6, 1e-7])
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20)], ids=str)
+def test_triplets_are_orthonormal_however_small_the_last_values(
+    shape: tuple[int, int], least: float
+) -> None:
+    """Better than the float32 in which they are stored."""
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 12, dtype=torch.float64)).Q for n in shape)
+    values = torch.logspace(0, math.log10(least), 12, dtype=torch.float64)
+    u, s, v = triplets(left @ torch.diag(values) @ right.T, 12)
+    one = torch.eye(12, dtype=torch.float64)
+    torch.testing.assert_close(u.T @ u, one, atol=1e-8, rtol=0)
+    torch.testing.assert_close(v @ v.T, one, atol=1e-8, rtol=0)
+    torch.testing.assert_close(s, values, atol=0, rtol=1e-6)
+
+
 def test_corda_projects_inputs_to_unit_covariance() -> None:
     model = layer()
     adapter = attach(model, ls.AntiPaSTOCorDAConfig(r=R))
@@ -532,3 +548,18 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     with pytest.raises(AttachError, match="2 is not finite"):
         ls.attach(model, ls.AntiPaSTOConfig())
     assert not ls.attached(model)
+
+
+def test_corda_takes_the_covariance_of_one_input_apart_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lorasmith.adapters import antipasto_corda as module
+
+    torch.manual_seed(0)
+    covariance = torch.cov(torch.randn(12, 40))
+    first = module._roots(covariance)
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    assert module._roots(covariance) is first
+    root, axes = first
+    wanted = covariance.double() + 1e-3 * torch.eye(12, dtype=torch.float64)
+    torch.testing.assert_close((axes * root.square()) @ axes.T, wanted, atol=1e-10, rtol=1e-9)

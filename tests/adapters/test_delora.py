@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 import lorasmith as ls
 from lorasmith.core import lowrank
 from lorasmith.errors import ConfigError, UnsupportedFeatureError
+from tests.adapters.against import dense_weight, one_layer, theirs
 from tests.models import FAMILIES, randomise, run
 
 peft = pytest.importorskip("peft")
@@ -38,23 +38,12 @@ def delta(a: Tensor, b: Tensor, strength: Tensor, norms: Tensor) -> Tensor:
     return strength / a.shape[0] * total * norms
 
 
-def layer(kind: str) -> nn.Module:
-    torch.manual_seed(0)
-    if kind == "linear":
-        return nn.Linear(D_IN, D_OUT).double()
-    from transformers.pytorch_utils import Conv1D
-
-    made: nn.Module = Conv1D(D_OUT, D_IN)
-    nn.init.normal_(made.bias)  # type: ignore[arg-type]
-    return made.double()
-
-
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 @pytest.mark.parametrize("init", ["zero", "subtract"])
 @pytest.mark.parametrize("input_grad", [True, False], ids=["x needs grad", "x needs none"])
 def test_forward_and_all_gradients(init: str, kind: str, input_grad: bool) -> None:
-    base: Any = layer(kind)
-    weight = base.weight.detach() if kind == "linear" else base.weight.detach().T
+    base: Any = one_layer(kind, D_IN, D_OUT)
+    weight = dense_weight(base)
     model = nn.Sequential(base)
     adapter = ls.attach(model, ls.DeLoRAConfig(r=RANK, lambda_init=2.5, init=init))
     randomise(adapter.parameters(), scale=0.4)
@@ -88,14 +77,25 @@ def test_forward_and_all_gradients(init: str, kind: str, input_grad: bool) -> No
     torch.testing.assert_close(model(x), y, atol=1e-5, rtol=1e-5)
 
 
-def test_the_change_is_bounded_by_lambda() -> None:
+@pytest.mark.parametrize(("init", "times"), [("zero", 1), ("subtract", 2)])
+def test_the_change_is_bounded_by_lambda(init: str, times: int) -> None:
     base = nn.Linear(D_IN, D_OUT)
+    with torch.no_grad():
+        base.weight /= base.weight.norm(dim=0)
     model = nn.Sequential(base)
-    adapter = ls.attach(model, ls.DeLoRAConfig(r=RANK, lambda_init=0.7))
+    adapter = ls.attach(model, ls.DeLoRAConfig(r=RANK, lambda_init=0.7, init=init))
+    part = adapter.layers()["0"]
     for scale in (0.1, 10.0, 1000.0):
-        randomise([adapter.layers()["0"]["A"], adapter.layers()["0"]["B"]], scale=scale)
-        found = ls.factors(model)["0"].delta()
-        assert found.norm() <= 0.7 * base.weight.norm(dim=0).max() * (1 + 1e-6)
+        randomise([part["A"], part["B"]], scale=scale)
+        assert ls.factors(model)["0"].delta().norm() <= times * 0.7 * (1 + 1e-6)
+    with torch.no_grad():  # the worst there is: all parts alike, and against the frozen ones
+        part["A"].copy_(part["A"][:1].expand(RANK, -1))
+        part["B"].copy_(part["B"][:, :1].expand(-1, RANK))
+        if init == "subtract":
+            part["A0"].copy_(part["A"])
+            part["B0"].copy_(-part["B"])
+    worst = ls.factors(model)["0"].delta().norm()
+    torch.testing.assert_close(worst, torch.tensor(times * 0.7), atol=0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("init", ["zero", "subtract"])
@@ -112,12 +112,6 @@ def test_dropout_acts_on_the_low_rank_path_alone(init: str) -> None:
     assert ((rows.mean(dim=0) - wanted[0]).abs() < 5 * deviation + 1e-6).all()
 
 
-def _theirs(base: nn.Module, config: Any) -> Any:
-    with warnings.catch_warnings():  # PEFT uses what Transformers has renamed
-        warnings.simplefilter("ignore")
-        return peft.get_peft_model(copy.deepcopy(base), config).eval()
-
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "strength": {"delora_lambda": 3, "module_dropout": 0.1},
@@ -130,7 +124,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_peft_gives_the_same(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     base, batch = FAMILIES[family].build(), FAMILIES[family].batch()
     targets = _LLAMA if family == "llama" else ["q_lin", "lin1"]
-    theirs = _theirs(base, peft.DeloraConfig(r=4, target_modules=targets, **options))
+    other = theirs(base, peft.DeloraConfig(r=4, target_modules=targets, **options))
     # What PEFT starts with, ours starts with.
     fields = {"rank_pattern", "lambda_pattern"} & options.keys()
     config = ls.DeLoRAConfig(
@@ -141,7 +135,7 @@ def test_peft_gives_the_same(family: str, options: dict[str, Any], tmp_path: Pat
         **{f: options[f] for f in fields},
     )
     fresh = ls.attach(copy.deepcopy(base), config)
-    start = {n: p for n, p in theirs.named_parameters() if "delora_" in n}
+    start = {n: p for n, p in other.named_parameters() if "delora_" in n}
     for name, parameter in fresh.named_parameters():
         module, _, leaf = name.rpartition(".")
         their = start[f"base_model.model.{module}.delora_{leaf}.default"]
@@ -150,12 +144,12 @@ def test_peft_gives_the_same(family: str, options: dict[str, Any], tmp_path: Pat
             assert torch.equal(their, parameter)
 
     randomise(start.values())
-    theirs.save_pretrained(tmp_path / "theirs")
+    other.save_pretrained(tmp_path / "theirs")
     model = copy.deepcopy(base)
     adapter = ls.load(model, tmp_path / "theirs", trainable=True)
     assert adapter.config == config
     model.eval()
-    wanted, got = run(theirs, batch), run(model, batch)
+    wanted, got = run(other, batch), run(model, batch)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     weights = torch.randn(wanted.shape)
     (wanted * weights).sum().backward()
@@ -179,8 +173,8 @@ def test_peft_and_we_read_what_we_write(init: str, tmp_path: Path) -> None:
     randomise(adapter.parameters())
     want = run(model, batch).detach()
     ls.save(model, tmp_path / "a")
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a").eval()
-    torch.testing.assert_close(run(theirs, batch), want, atol=1e-5, rtol=1e-5)
+    other = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a").eval()
+    torch.testing.assert_close(run(other, batch), want, atol=1e-5, rtol=1e-5)
     ours = copy.deepcopy(base)
     loaded = ls.load(ours, tmp_path / "a")
     assert loaded.config == config
@@ -195,9 +189,9 @@ def test_peft_and_we_read_what_we_write(init: str, tmp_path: Path) -> None:
     )
     # ... without our own file, too.
     (tmp_path / "a" / "lorasmith.json").unlink()
-    other = copy.deepcopy(base)
-    ls.load(other, tmp_path / "a")
-    torch.testing.assert_close(run(other, batch), want, atol=1e-5, rtol=1e-5)
+    again = copy.deepcopy(base)
+    ls.load(again, tmp_path / "a")
+    torch.testing.assert_close(run(again, batch), want, atol=1e-5, rtol=1e-5)
 
 
 def test_norms_of_the_base_are_in_the_file_and_not_read_again(tmp_path: Path) -> None:

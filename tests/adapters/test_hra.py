@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 import lorasmith as ls
 from lorasmith.core import lowrank
 from lorasmith.errors import ConfigError
+from tests.adapters.against import dense_weight, one_layer, theirs
 from tests.models import FAMILIES, mlp, randomise, run
 
 peft = pytest.importorskip("peft")
@@ -43,22 +43,11 @@ def reflections(columns: Tensor, gram_schmidt: bool) -> Tensor:
     return matrix
 
 
-def layer(kind: str) -> nn.Module:
-    torch.manual_seed(0)
-    if kind == "linear":
-        return nn.Linear(D_IN, D_OUT).double()
-    from transformers.pytorch_utils import Conv1D
-
-    made: nn.Module = Conv1D(D_OUT, D_IN)
-    nn.init.normal_(made.bias)  # type: ignore[arg-type]
-    return made.double()
-
-
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 @pytest.mark.parametrize("gram_schmidt", [False, True], ids=["pairs", "gram_schmidt"])
 @pytest.mark.parametrize("input_grad", [True, False], ids=["x needs grad", "x needs none"])
 def test_forward_and_all_gradients(gram_schmidt: bool, kind: str, input_grad: bool) -> None:
-    base: Any = layer(kind)
+    base: Any = one_layer(kind, D_IN, D_OUT)
     model = nn.Sequential(base)
     adapter = ls.attach(model, ls.HRAConfig(r=RANK, gram_schmidt=gram_schmidt))
     randomise(adapter.parameters(), scale=0.4)
@@ -72,7 +61,7 @@ def test_forward_and_all_gradients(gram_schmidt: bool, kind: str, input_grad: bo
     turned = reflections(u, gram_schmidt)
     if gram_schmidt:
         turned = reflections(values["Q0"], gram_schmidt) @ turned
-    weight = base.weight.detach() if kind == "linear" else base.weight.detach().T
+    weight = dense_weight(base)
     wanted = z @ (weight @ turned).T + base.bias.detach()
     (wanted * weights).sum().backward()
     torch.testing.assert_close(y, wanted, atol=1e-5, rtol=1e-5)
@@ -125,28 +114,22 @@ def test_neighbours_that_share_the_product_get_the_same() -> None:
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=1e-4)
 
 
-def _theirs(base: nn.Module, config: Any) -> Any:
-    with warnings.catch_warnings():  # PEFT uses what Transformers has renamed
-        warnings.simplefilter("ignore")
-        return peft.get_peft_model(copy.deepcopy(base), config).eval()
-
-
 @pytest.mark.parametrize("family", ["llama", "distilbert"])
 @pytest.mark.parametrize("options", [{}, {"apply_GS": True}, {"r": 3}], ids=str)
 def test_peft_gives_the_same(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     base, batch = FAMILIES[family].build(), FAMILIES[family].batch()
     targets = _LLAMA if family == "llama" else ["q_lin", "lin1"]
-    theirs = _theirs(base, peft.HRAConfig(target_modules=targets, **{"r": 4, **options}))
-    randomise(p for n, p in theirs.named_parameters() if "hra_" in n)
-    theirs.save_pretrained(tmp_path / "theirs")
+    other = theirs(base, peft.HRAConfig(target_modules=targets, **{"r": 4, **options}))
+    randomise(p for n, p in other.named_parameters() if "hra_" in n)
+    other.save_pretrained(tmp_path / "theirs")
     model = copy.deepcopy(base)
     adapter = ls.load(model, tmp_path / "theirs", trainable=True)
-    wanted, got = run(theirs, batch), run(model, batch)
+    wanted, got = run(other, batch), run(model, batch)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     weights = torch.randn(wanted.shape)
     (wanted * weights).sum().backward()
     (got * weights).sum().backward()
-    found = {n: p for n, p in theirs.named_parameters() if "hra_" in n}
+    found = {n: p for n, p in other.named_parameters() if "hra_" in n}
     for name, parameter in adapter.named_parameters():
         module, _, leaf = name.rpartition(".")
         assert leaf == "U"
@@ -173,8 +156,8 @@ def test_peft_is_given_gram_schmidt_as_plain_reflections(tmp_path: Path) -> None
     randomise(adapter.parameters())
     want = run(model, batch).detach()
     ls.save(model, tmp_path / "a")
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a").eval()
-    torch.testing.assert_close(run(theirs, batch), want, atol=1e-5, rtol=1e-5)
+    other = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a").eval()
+    torch.testing.assert_close(run(other, batch), want, atol=1e-5, rtol=1e-5)
     ours = copy.deepcopy(base)
     loaded = ls.load(ours, tmp_path / "a", trainable=True)
     assert loaded.config == config

@@ -19,11 +19,12 @@ from tests.adapters.against import (
     files_both_ways,
     on_qwen,
     same_as_peft,
+    same_dropout_as_peft,
     saved_by,
     second_derivatives,
     theirs,
 )
-from tests.models import llama, randomise, run
+from tests.models import llama
 
 peft = pytest.importorskip("peft")
 
@@ -102,27 +103,10 @@ def test_files_of_peft(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["rank_dropout", "module_dropout"])
 def test_dropout_of_peft(kind: str) -> None:
-    """The same generator gives the same outputs dropped."""
-    rates = {kind: 0.4}
-    base = llama()
-    other = theirs(base, peft.LoHaConfig(r=2, alpha=6, target_modules=LLAMA, **rates))
-    adapter = ls.attach(base, ls.LoHaConfig(r=2, alpha=6.0, targets=LLAMA, **rates))
-    mine = dict(adapter.named_parameters())
-    randomise(mine.values())
-    with torch.no_grad():
-        for name, parameter in other.named_parameters():
-            for ending, part in KEYS.items():
-                if name.endswith(ending):
-                    module = name.removeprefix("base_model.model.").removesuffix(f".{ending}")
-                    parameter.copy_(mine[f"{module}.{part}"])
-    x = {"input_ids": torch.randint(0, 32, (2, 7))}
-    bare = run(base.eval(), x)
-    torch.manual_seed(4)
-    wanted = run(other.train(), x)
-    torch.manual_seed(4)
-    got = run(base.train(), x)
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
-    assert (got - bare).abs().max() > 1e-3
+    config = ls.LoHaConfig(r=2, alpha=6.0, targets=LLAMA, **{kind: 0.4})
+    same_dropout_as_peft(
+        config, peft.LoHaConfig(r=2, alpha=6, target_modules=LLAMA, **{kind: 0.4}), KEYS
+    )
 
 
 def test_parameters_on_qwen() -> None:

@@ -19,6 +19,7 @@ from tests.adapters.against import (
     files_both_ways,
     on_qwen,
     same_as_peft,
+    same_dropout_as_peft,
     saved_by,
     second_derivatives,
     theirs,
@@ -130,6 +131,20 @@ def test_logits_and_gradients_of_peft(case: str) -> None:
 def test_files_of_peft(case: str, tmp_path: Path) -> None:
     config, peft_config = CASES[case]
     files_both_ways(config, peft_config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        {"rank_dropout": 0.4},
+        {"rank_dropout": 0.4, "rank_dropout_scale": True},
+        {"module_dropout": 0.4},
+    ],
+    ids=str,
+)
+def test_dropout_of_peft(rates: dict[str, Any]) -> None:
+    config = ls.LoKrConfig(r=1, alpha=6.0, targets=LLAMA, **rates)
+    same_dropout_as_peft(config, peft.LoKrConfig(r=1, alpha=6, target_modules=LLAMA, **rates), KEYS)
 
 
 def test_nothing_wide_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 import lorasmith as ls
 from lorasmith.core import lowrank
 from lorasmith.errors import ConfigError
+from tests.adapters.against import theirs
 from tests.models import FAMILIES, mlp, randomise, run
 
 peft = pytest.importorskip("peft")
@@ -98,29 +98,23 @@ def test_first_and_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.autograd.gradgradcheck(f, inputs)
 
 
-def _theirs(base: nn.Module, config: Any) -> Any:
-    with warnings.catch_warnings():  # PEFT uses what Transformers has renamed
-        warnings.simplefilter("ignore")
-        return peft.get_peft_model(copy.deepcopy(base), config).eval()
-
-
 @pytest.mark.parametrize("family", ["llama", "distilbert"])
 @pytest.mark.parametrize("form", FORMS)
 def test_peft_gives_the_same(family: str, form: str, tmp_path: Path) -> None:
     base, batch = FAMILIES[family].build(), FAMILIES[family].batch()
     targets = _LLAMA if family == "llama" else ["q_lin", "lin1"]
-    theirs = _theirs(base, peft.RoadConfig(variant=form, group_size=GROUP, target_modules=targets))
-    randomise(p for n, p in theirs.named_parameters() if "road_" in n)
-    theirs.save_pretrained(tmp_path / "theirs")
+    other = theirs(base, peft.RoadConfig(variant=form, group_size=GROUP, target_modules=targets))
+    randomise(p for n, p in other.named_parameters() if "road_" in n)
+    other.save_pretrained(tmp_path / "theirs")
     model = copy.deepcopy(base)
     adapter = ls.load(model, tmp_path / "theirs", trainable=True)
     assert adapter.config == ls.RoAdConfig(form=form, group_size=GROUP, targets=sorted(targets))
-    wanted, got = run(theirs, batch), run(model, batch)
+    wanted, got = run(other, batch), run(model, batch)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     weights = torch.randn(wanted.shape)
     (wanted * weights).sum().backward()
     (got * weights).sum().backward()
-    found = {n: p for n, p in theirs.named_parameters() if "road_" in n}
+    found = {n: p for n, p in other.named_parameters() if "road_" in n}
     for name, parameter in adapter.named_parameters():
         module, _, leaf = name.rpartition(".")
         want = found[f"base_model.model.{module}.road_{leaf}.default"].grad

@@ -420,3 +420,28 @@ def test_a_small_model_learns() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
+
+
+def test_what_is_kept_in_16_bits_follows_the_shared_matrices() -> None:
+    model = mlp().to(torch.bfloat16)
+    adapter = ls.attach(model, ls.VeRAConfig(r=4))
+    randomise(adapter.parameters())
+    x = torch.randn(3, 6, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        first = model(x)
+    shared = next(iter(adapter.layers().values())).shared
+    assert shared is not None
+    kept = {key[0]: cast for key, (_, _, cast) in shared._casts.items()}
+    assert {n: t.dtype for n, t in kept.items()} == dict.fromkeys("AB", torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(model(x), first)
+        assert all(shared._casts[k][2] is kept[k[0]] for k in shared._casts)
+        twin = copy.deepcopy(model)
+        adapter.load_state_dict(
+            {n: t * 2 if n == "shared.A" else t for n, t in adapter.state_dict().items()}
+        )
+        assert not torch.equal(model(x), first)
+        assert torch.equal(twin(x), first)
+    x.requires_grad_(True)
+    model(x).sum().backward()  # what inference has kept serves training
+    assert x.grad is not None

@@ -155,6 +155,44 @@ def test_training_and_using_a_quantised_base(
     assert written["adapter"] == str(tmp_path / "o")
 
 
+def test_using_an_adapter_that_must_read_quantised_weights(
+    call: Any, base: Path, rows: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    model, _ = models.load_model(base, device="cpu")
+    ls.attach(model, ls.DoRAConfig(r=2))
+    adapter = ls.save(model, tmp_path / "d")
+    common = ("--device", "cpu", "--quantize", "nf4", "-a", adapter)
+    code, found, _ = call("eval", base, rows, "--no-exact-match", *common)
+    assert (code, found["error"]["key"]) == (2, "dequantize")
+    code, found, err = call("eval", base, rows, "--no-exact-match", "--dequantize", *common)
+    assert code == 0, err
+    assert found["loss"] > 0
+
+
+@pytest.mark.parametrize("files", [True, False])
+def test_loftq_finds_what_was_quantised(
+    train: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: bool
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    given: list[Any] = []
+    attach = ls.attach
+
+    def keep(*arguments: Any, **options: Any) -> Any:
+        given.append(options["originals"])
+        return attach(*arguments, **options)
+
+    monkeypatch.setattr(ls, "attach", keep)
+    if not files:  # a model of the hub, or a GGUF file
+        monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
+    code, _, err = train("--quantize", "nf4", "--adapter.init", "loftq", "--adapter.r", "4")
+    assert code == 0, err
+    assert isinstance(given[0], str) is files
+    assert "starts from the base's weights" in err
+    code, _, err = train("--adapter.r", "4", "--overwrite")
+    assert (code, given[1]) == (0, None), err
+
+
 def test_what_must_read_the_weights_says_how(train: Any, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     code, found, _ = train("--quantize", "nf4", "--adapter.init", "pissa")
@@ -163,6 +201,8 @@ def test_what_must_read_the_weights_says_how(train: Any, tmp_path: Path) -> None
     assert not (tmp_path / "o").exists()
     code, _, err = train("--quantize", "nf4", "--adapter.init", "pissa", "--dequantize")
     assert code == 0, err
+    assert "starts from the base's weights" in err
+    assert "examples" not in err  # a progress bar of datasets
 
 
 # -- what a failed run leaves ------------------------------------------------------------------

@@ -118,11 +118,15 @@ def test_other_targets_and_those_that_match_nothing(call: Any, base: Path) -> No
     arguments = ("variants", "--model", base, "--targets", "q_proj", "v_proj", "--json")
     found = {v["name"]: v for v in call(*arguments)[1]["variants"]}
     assert (found["lora"]["layers"], found["ia3"]["parameters"]) == (4, 2 * (32 + 16))
-    _, nothing, _ = call("variants", "--model", base, "--targets", "qproj", "--json")
-    lora = nothing["variants"][0]
-    assert lora["parameters"] is None
-    assert "qproj" in lora["note"]
-    assert "qproj" in call("variants", "--model", base, "--targets", "qproj")[1]
+    for mistake in (("--targets", "qproj"), ("--r", "0")):
+        code, nothing, _ = call("variants", "--model", base, *mistake, "--json")
+        assert code == 2
+        assert mistake[1] in nothing["error"]["got"]
+    # What is wrong for one family alone is said beside the others.
+    code, out, _ = call("variants", "--model", base, "--r", "3")
+    assert code == 0
+    assert "hra: An odd number of reflections" in out
+    assert "Ranks (--r): 3 for lora, dora," in out
 
 
 def test_the_new_commands_are_in_the_list_of_all() -> None:
@@ -150,11 +154,14 @@ def test_convert(call: Any, base: Path, tmp_path: Path) -> None:
     assert found["max_relative_error"] < 1e-5  # W H − W has rank r
     assert {layer["kept"] for layer in found["layers"]} == {2}
     assert ls.read_adapter(tmp_path / "b").config.variant == "lora"
-    code, out, err = call(*arguments, "--r", "1", "--alpha", "4")
+    code, found, _ = call(*arguments, "--r", "1", "--json")
+    assert (code, found["error"]["key"]) == (2, "--output")
+    assert ls.read_adapter(tmp_path / "b").config.r == 2  # type: ignore[attr-defined]
+    code, out, err = call(*arguments, "--r", "1", "--alpha", "4", "--overwrite")
     assert code == 0, err
     assert "relative error" in out
     assert ls.read_adapter(tmp_path / "b").config.alpha == 4  # type: ignore[attr-defined]
-    code, found, _ = call(*arguments, "--energy", "0.5", "--json")
+    code, found, _ = call(*arguments, "--energy", "0.5", "--overwrite", "--json")
     assert {layer["kept"] for layer in found["layers"]} <= {1, 2}
 
 
@@ -175,6 +182,26 @@ def test_mistakes_in_converting(
     assert code == 2
     assert found["error"]["key"] == key
     assert not (tmp_path / "b").exists()
+
+
+def test_a_conversion_does_not_replace_its_source(call: Any, base: Path, tmp_path: Path) -> None:
+    source = _saved(base, tmp_path / "a", ls.LoRAConfig(r=2))
+    before = (source / "adapter_model.safetensors").read_bytes()
+    arguments = ("convert", source, "-o", tmp_path / "." / "a", "--r", "1", "--overwrite")
+    code, found, _ = call(*arguments, "--json")
+    assert (code, found["error"]["key"]) == (2, "--output")
+    assert (source / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_info_is_short_for_a_pattern_of_many_layers(call: Any, base: Path, tmp_path: Path) -> None:
+    layers = [f"model.layers.{i}.self_attn.{n}_proj" for i in range(2) for n in "qkvo"]
+    pattern = dict.fromkeys([*layers, "up_proj"], 3)
+    source = _saved(base, tmp_path / "a", ls.LoRAConfig(r=2, rank_pattern=pattern))
+    out = call("info", source)[1]
+    assert "rank_pattern of 9 layers" in out
+    assert "2 on 4 layers, 3 on 10 layers" in out
+    assert "None" not in out
+    assert call("info", source, "--json")[1]["config"]["rank_pattern"] == pattern
 
 
 def test_info_reads_no_weights(

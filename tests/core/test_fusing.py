@@ -20,6 +20,17 @@ def acting(model: nn.Module, config: Any = None) -> ls.Adapter:
     return adapter
 
 
+def test_autocast_has_no_say_in_what_is_fused() -> None:
+    weights = []
+    for enabled in (False, True):
+        model = mlp().to(torch.bfloat16)
+        acting(model, ls.LoRAConfig(r=4, alpha=64))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            ls.fuse(model)
+        weights.append([p.detach().clone() for p in model.parameters() if p.dim() == 2])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_report(dtype: torch.dtype) -> None:
     model = mlp().to(dtype)

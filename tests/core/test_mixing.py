@@ -191,6 +191,40 @@ def test_a_block_restores_what_is_left() -> None:
     torch.testing.assert_close(model(X), by_rows(outputs, list(rows)), atol=1e-5, rtol=1e-5)
 
 
+def test_a_block_restores_rows_of_nobody() -> None:
+    model, outputs = several()
+    ls.use(model, [None] * 4)
+    with ls.use(model, "a"):
+        pass
+    assert torch.equal(model(X), outputs[None])
+
+
+class Wide(nn.Linear):
+    """Computes in float32 under autocast, as 4-bit layers of bitsandbytes do for such inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return nn.functional.linear(x.float(), self.weight, self.bias)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("choice", ["a", {"a": 0.5, "b": 0.5}, ["a", "b", None, "a"]], ids=str)
+def test_autocast_leaves_the_dtype_of_the_layers_output(choice: Any, tokens: int) -> None:
+    model = nn.Sequential(Wide(6, 8))
+    for name in ("a", "b"):
+        randomise(ls.attach(model, ls.LoRAConfig(r=2), name=name).parameters())
+    x = torch.randn(4, tokens, 6)
+    ls.use(model, choice)
+    wanted = model(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        trained = model(x)
+        with torch.no_grad():
+            evaluated = model(x)
+    for output in (trained, evaluated):
+        assert output.dtype == torch.float32
+        torch.testing.assert_close(output, wanted, atol=0.02, rtol=0.02)
+
+
 def test_each_is_trainable_on_its_own() -> None:
     model, _ = several()
     adapters = ls.attached(model)
@@ -255,6 +289,8 @@ def test_rows_cannot_be_fused() -> None:
     ls.use(model, ROWS)
     with pytest.raises(FuseError, match="row"):
         ls.fuse(model)
+    with pytest.raises(FuseError, match="row"):
+        ls.fuse(model, ROWS)  # type: ignore[arg-type]
     with pytest.raises(FuseError):
         ls.fuse(model, {})
     with pytest.raises(UnknownNameError):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import lorasmith as ls
 from lorasmith.core import quantized
+from lorasmith.core.calibration import collect
 from lorasmith.core.layers import describe, read_weight, weight_version, write_weight
 from lorasmith.errors import AttachError, ConfigError, FuseError
 from lorasmith.io.fingerprint import fingerprint
@@ -551,6 +552,52 @@ def test_a_weight_repacked_for_inference_can_be_trained(nested: bool) -> None:
     ls.detach(model)
     assert [model[i].support_avx512bf16_for_cpu for i in (0, 2)] == flags
     assert not [k for k in model.__dict__ if "lorasmith" in k]
+
+
+@needs_bnb
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "repacked"])
+def test_a_gradient_for_the_start_comes_through_a_repacked_weight(used: bool) -> None:
+    """Calibration runs in eval mode, in which bitsandbytes would repack on such CPUs."""
+    model, x = four("nf4", False, 128), torch.randn(9, D)
+    if used:
+        with torch.no_grad():
+            model.eval()(x)
+    plain = dense(128)
+    for i in (0, 2):
+        with torch.no_grad():
+            plain[i].weight.copy_(read_weight(model[i], describe(model[i], str(i))))  # type: ignore[arg-type]
+    flags = [model[i].support_avx512bf16_for_cpu for i in (0, 2)]
+    infos = [describe(model[i], str(i)) for i in (0, 2)]
+
+    def loss(output: Tensor) -> Tensor:
+        return output.square().sum()
+
+    found = collect(model, infos, [x], {"gradient"}, loss=loss)  # type: ignore[arg-type]
+    assert [model[i].support_avx512bf16_for_cpu for i in (0, 2)] == flags
+    loss(plain(x)).backward()
+    for i in (0, 2):
+        wanted = plain[i].weight.grad
+        scale = float(wanted.abs().max())
+        torch.testing.assert_close(found[str(i)]["gradient"], wanted, atol=1e-3 * scale, rtol=1e-3)
+
+
+@needs_bnb
+def test_what_fails_while_a_base_is_prepared_leaves_it_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = four("nf4", False, 128)
+    for i in (0, 2):
+        model[i].support_avx512bf16_for_cpu = True
+
+    def fails(state: Any) -> bool:
+        raise RuntimeError("no such layout")
+
+    monkeypatch.setattr(quantized, "_packed_for_cpu", fails)
+    with pytest.raises(RuntimeError, match="layout"):
+        ls.attach(model, ls.LoRAConfig(r=4))
+    assert all(model[i].support_avx512bf16_for_cpu for i in (0, 2))
+    assert not [k for k in model.__dict__ if "lorasmith" in k]
+    assert not [m for m in model.modules() if m._forward_hooks]
 
 
 # -- fusing ------------------------------------------------------------------------------------

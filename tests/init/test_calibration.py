@@ -160,6 +160,56 @@ def test_gradient_under_activations_in_place() -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+def test_a_gradient_that_cannot_be_known_is_refused() -> None:
+    """What full training would refuse, too: W's gradient needs the input as it was."""
+
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.tanh(x)
+            hidden += self.a(hidden)
+            return self.b(hidden)  # type: ignore[no-any-return]
+
+    model, x = Overwrites(), torch.randn(4, 6)
+    config = ls.LoRAConfig(r=2, init="lora_ga", targets="a")
+    before = snapshot(model)
+    with pytest.raises(AttachError, match="overwritten"):
+        ls.attach(model, config, calibration=[x], calibration_loss=Tensor.sum)
+    assert_same(model, before)
+
+
+def test_a_layer_that_the_loss_does_not_depend_on_is_refused() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.b(x)
+            return self.a(x)  # type: ignore[no-any-return]
+
+    model, x = Beside(), torch.randn(4, 6)
+    config = ls.LoRAConfig(r=2, init="lora_ga")
+    before = snapshot(model)
+    for loss, name in ((Tensor.sum, "b"), (lambda y: y.detach().sum(), "a")):
+        with pytest.raises(AttachError, match=f"depend on {name}"):
+            ls.attach(model, config, calibration=[x], calibration_loss=loss)
+        assert_same(model, before)
+
+
+def test_sums_keep_their_precision_under_autocast() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8)), torch.randn(50, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = collect(model, infos_of(model), [x], {"covariance", "inputs_svd:3"})["0"]
+    torch.testing.assert_close(got["covariance"], x.T @ x / 50)
+    wanted = torch.linalg.svdvals(x - x.mean(dim=0))[:3]
+    torch.testing.assert_close(got["inputs_svd:3"].singular, wanted)
+
+
 def test_layers_that_are_fed_the_same_share_one_matrix() -> None:
     model = llama()
     got = collect(model, infos_of(model), token_batches(), {"covariance"})
@@ -266,6 +316,8 @@ def test_what_is_refused() -> None:
         collect(model, infos[:1], [x], {"gradient"})
     with pytest.raises(AttachError, match="not finite"):
         collect(model, infos[:1], [x * torch.inf], {"covariance"})
+    with pytest.raises(ConfigError, match="tokenise the texts"):
+        collect(model, infos[:1], ["a text"], {"covariance"})
     with pytest.raises(ConfigError, match="no statistic"):
         collect(model, infos[:1], [x], {"kurtosis"})
     with pytest.raises(ConfigError, match="takes no calibration"):

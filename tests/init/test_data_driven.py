@@ -167,8 +167,10 @@ def test_lora_ga(direction: str, scale: str) -> None:
         if direction == "random":
             inner = part["A0"].double() @ vt[: 2 * R].T / factor  # which of the first 2 r
             chosen = inner.abs().argmax(dim=1)
-            assert len(set(chosen.tolist())) == R
-            for_a = for_b = chosen
+            inner = part["B0"].double().T @ u[:, : 2 * R] / factor
+            for_a, for_b = chosen, inner.abs().argmax(dim=1)
+            # As in the authors' code: no direction of the gradient is taken twice.
+            assert sorted([*for_a.tolist(), *for_b.tolist()]) == list(range(2 * R))
         else:
             for_a, for_b = {
                 "ArB2r": (range(R), range(R, 2 * R)),
@@ -355,8 +357,9 @@ def test_options_survive_as_a_dictionary() -> None:
 def test_too_large_a_rank_is_refused_before_the_model_is_touched(init: str) -> None:
     model = llama()
     keys = list(model.state_dict())
-    with pytest.raises(ConfigError, match="there are fewer"):
+    with pytest.raises(ConfigError, match="there are fewer") as caught:
         attach(model, init, r=25)  # the largest layer has 24 inputs
+    assert ("more calibration data" in str(caught.value)) == (init == "eva")
     assert list(model.state_dict()) == keys
 
 

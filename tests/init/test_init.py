@@ -34,6 +34,17 @@ def test_kaiming_and_gaussian_do_not_read_the_weight() -> None:
     assert not start2.B.any()
 
 
+def test_autocast_has_no_say_in_how_factors_start() -> None:
+    starts = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 24))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            adapter = ls.attach(model, ls.LoRAConfig(r=4, init="pissa_niter_2"))
+        starts.append([p.detach() for p in adapter.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*starts, strict=True))
+
+
 @pytest.mark.parametrize("size", [(12, 8), (8, 12), (10, 10)])
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_principal_triplets(size: tuple[int, int], rank: int) -> None:

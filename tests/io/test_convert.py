@@ -433,3 +433,39 @@ def test_a_quantised_base() -> None:
                 part["A"].copy_(A)
                 part["B"].copy_(B)
         torch.testing.assert_close(logits(model), wanted, atol=2e-5, rtol=1e-4)
+
+
+class Nested(nn.Module):
+    """The name of one layer is the end of the other's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q = nn.Linear(12, 12)
+        self.inner = nn.Module()
+        self.inner.q = nn.Linear(12, 12)
+        self.c = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.inner.q(self.q(x)))  # type: ignore[no-any-return, operator]
+
+
+def test_a_rank_of_its_own_is_not_that_of_a_longer_name(tmp_path: Path) -> None:
+    model, x = Nested(), torch.randn(3, 12)
+    adapter = ls.attach(model, ls.LoRAConfig(r=4))
+    randomise(adapter.parameters())
+    with torch.no_grad():
+        adapter.layers()["q"]["B"][:, 1:] = 0
+    made = ls.convert(adapter, energy=1.0)
+    assert {layer.name: layer.kept for layer in made.layers} == {"q": 1, "inner.q": 4, "c": 4}
+    wanted = model(x)
+    other = Nested()
+    ls.load(other, made.save(tmp_path / "a"))
+    torch.testing.assert_close(other(x), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_scaling_of_zero_is_refused() -> None:
+    model = mlp()
+    randomise(ls.attach(model, ls.LoRAConfig(r=2)).parameters())
+    with pytest.raises(ConfigError, match="alpha of 0"):
+        ls.convert(ls.attached(model)["default"], ls.LoRAConfig(r=2, alpha_pattern={"0": 0.0}))

@@ -103,6 +103,9 @@ def test_the_files_of_an_adapter(tmp_path: Path) -> None:
     record = json.loads((path / OWN).read_text())
     assert record["config"] == ls.LoRAConfig(r=4).to_dict()
     assert record["version"] == ls.__version__
+    # safetensors makes files that only their owner can read.
+    modes = {file.stat().st_mode for file in path.iterdir()}
+    assert len(modes) == 1
 
 
 def test_one_of_several_adapters_is_saved(tmp_path: Path) -> None:

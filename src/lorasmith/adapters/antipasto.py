@@ -1,7 +1,7 @@
 """AntiPaSTO: gains on the singular values of W.
 
-Source: the adapter of Clark 2026, "AntiPaSTO: Self-Supervised Honesty Steering via
-Anti-Parallel Representations" (arXiv 2601.07473), in the form with gains only.
+Source: after the adapter of Clark 2026, "AntiPaSTO: Self-Supervised Honesty Steering via
+Anti-Parallel Representations" (arXiv 2601.07473), section 3.4, with gains for its shifts.
 
     W = W_res + U diag(S) V                    r singular triplets of W, frozen
     y = W_res x + U diag(S_eff) V x + b,       S_eff = S ∘ (1 + ELU(coeff · g))
@@ -23,8 +23,10 @@ S_i · rms(V_i x) on calibration data, where rms(V_i x)² = V_i C V_iᵀ with C 
 
 r is capped at min(d_in, d_out), layer by layer.
 
-Deviations: none in the formula; the paper's rotation is ``antipasto_rot``, its loss is
-not part of an adapter.
+Deviations from the paper (equation 4, W' = W_res + U (S + α ΔS) R(α) Vᵀ): a gain on S in the
+place of a shift, ``coeff`` for α, and no rotation (``antipasto_rot`` has one). It ranks the
+directions by S_i · std(V_i x), a third of them each on chosen and rejected answers and on
+their difference. Its loss is not part of an adapter.
 
 Needs W in plain form, once; the triplets come from a decomposition in float64. Fuses
 exactly up to rounding. ΔW has rank r, with A = diag(S ∘ ELU) V and B = U: it converts to
@@ -48,8 +50,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorasmith.adapters.fields import transposed
 from lorasmith.core import lowrank
-from lorasmith.core.config import AdapterConfig
+from lorasmith.core.config import AdapterConfig, check_count
 from lorasmith.core.hooks import owns_output
 from lorasmith.core.layers import LayerInfo, device_of
 from lorasmith.core.variant import (
@@ -69,6 +72,7 @@ __all__ = [
     "AntiPaSTO",
     "AntiPaSTOConfig",
     "CoreVariant",
+    "GainConfig",
     "SpectralConfig",
     "SpectralVariant",
     "gains",
@@ -77,8 +81,9 @@ __all__ = [
 ]
 
 DIRECTIONS = ("principal", "active")
-#: Ratio of the least to the largest S below which Gram matrices lose the singular vectors.
-_GRAM = 1e-6
+#: Ratio of the least to the largest S below which a Gram matrix gives singular vectors that
+#: are orthogonal to less than float32: its own rounding counts 1 / ratio² times.
+_GRAM = 1e-4
 
 
 # -- what the family shares ----------------------------------------------------------------
@@ -96,7 +101,7 @@ class SpectralConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least_one("r")
+        check_count(self.r, "r")
 
     def rank_of(self, info: LayerInfo) -> int:
         """Number of directions on that layer."""
@@ -107,16 +112,6 @@ class SpectralConfig(AdapterConfig):
         common = {f.name for f in dataclasses.fields(AdapterConfig)}
         names = (f.name for f in dataclasses.fields(self) if f.name not in common)
         return {name: getattr(self, name) for name in names}
-
-    def _at_least_one(self, key: str) -> None:
-        value: object = getattr(self, key)
-        if type(value) is not int or value < 1:
-            raise ConfigError(
-                f"{key} is not a usable number.",
-                expected="an integer of at least 1",
-                got=repr(value),
-                key=key,
-            )
 
     def _number(self, key: str, low: float, high: float) -> None:
         """low < value <= high, and not 0."""
@@ -236,8 +231,7 @@ class SpectralVariant(Variant):
         return {spec.key: state[name] for name, spec in names.items()}
 
     def to_peft(self, config: Any, modules: Mapping[str, LayerInfo]) -> dict[str, Any]:
-        conv1d = any(i.kind == "conv1d" for i in modules.values())
-        return {**config.own_fields(), "fan_in_fan_out": conv1d}
+        return {**config.own_fields(), **transposed(modules)}
 
     def from_peft(self, fields: Mapping[str, Any], common: Mapping[str, Any]) -> Any | None:
         if fields.get("peft_type") != self.peft_type:
@@ -288,26 +282,38 @@ def wide(value: Tensor, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AntiPaSTOConfig(SpectralConfig):
-    """Configuration of AntiPaSTO.
+class GainConfig(SpectralConfig):
+    """What AntiPaSTO and AntiPaSTO-CorDA can be told.
 
     Args:
-        r: Number of singular directions that it acts on; capped at min(d_in, d_out).
+        r: Number of directions that it acts on; capped at min(d_in, d_out).
         coeff: Factor on the gains; negative turns their effect round.
         suppress_only: Whether no direction may be amplified.
-        directions: ``"principal"`` or ``"active"``; the latter needs calibration data.
     """
-
-    variant: ClassVar[str] = "antipasto"
 
     coeff: float = 1.0
     suppress_only: bool = False
-    directions: str = "principal"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._number("coeff", -100.0, 100.0)
         self._flag("suppress_only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AntiPaSTOConfig(GainConfig):
+    """Configuration of AntiPaSTO: the fields of ``GainConfig``, and this.
+
+    Args:
+        directions: ``"principal"`` or ``"active"``; the latter needs calibration data.
+    """
+
+    variant: ClassVar[str] = "antipasto"
+
+    directions: str = "principal"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._one_of("directions", DIRECTIONS)
 
 

@@ -1,7 +1,8 @@
 """AntiPaSTO-Ablate: directions in the singular space of W that are taken out, or partly.
 
-Source: a contractive form of the adapter of Clark 2026, "AntiPaSTO: Self-Supervised Honesty
-Steering via Anti-Parallel Representations" (arXiv 2601.07473).
+Source: of the family after Clark 2026, "AntiPaSTO: Self-Supervised Honesty Steering via
+Anti-Parallel Representations" (arXiv 2601.07473), whose decomposition it has; the paper has
+no ablation.
 
     W = W_res + U diag(S) V                    r singular triplets of W, frozen
     h = diag(S) V x
@@ -18,8 +19,8 @@ orthogonal to W_res, so that ‖y − b‖ ≤ ‖W x‖ for every x, whatever t
 Identity at t = 0: α = 0; C is random, of unit columns. W_res is never formed: what acts is
 W x − coeff · U Ĉ diag(α̂) Ĉᵀ diag(S) V x.
 
-Deviation: the formula is written with α clamped to 0 … 1 and α = 0.05 at the start, which
-is not the identity; and a clamped α that has become negative has no gradient any more. With
+Start: with α clamped to 0 … 1 and α = 0.05 at the start, as one would write it down, it is
+not the identity; and a clamped α that has become negative has no gradient any more. With
 |α| it starts at 0 with a gradient (the derivative there is 1), and turns back from 0. As
 with LoRA's A and B, C gets a gradient once α has moved. The alternative of acting relative
 to the start, with α = 0.05, could amplify by 1 / 0.95.
@@ -46,6 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.adapters.antipasto import SpectralConfig, SpectralVariant, wide
+from lorasmith.core.config import check_count
 from lorasmith.core.variant import LayerState
 
 __all__ = ["AntiPaSTOAblate", "AntiPaSTOAblateConfig", "strengths"]
@@ -68,7 +70,7 @@ class AntiPaSTOAblateConfig(SpectralConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least_one("k")
+        check_count(self.k, "k", "number")
         self._number("coeff", 0.0, 2.0)
 
 

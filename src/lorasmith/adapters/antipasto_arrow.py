@@ -1,7 +1,8 @@
 """AntiPaSTO-Arrow: free mixing of the first singular directions of W, gains on the others.
 
-Source: the gains are those of ``antipasto`` (Clark 2026, "AntiPaSTO: Self-Supervised Honesty
-Steering via Anti-Parallel Representations", arXiv 2601.07473).
+Source: of the family after Clark 2026, "AntiPaSTO: Self-Supervised Honesty Steering via
+Anti-Parallel Representations" (arXiv 2601.07473); the gains are those of ``antipasto``. The
+paper has no mixing block.
 
     W = W_res + U diag(S) V                    r singular triplets of W, frozen
     h = diag(S) V x
@@ -35,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.adapters.antipasto import CoreVariant, SpectralConfig, gains, wide
+from lorasmith.core.config import check_count
 from lorasmith.core.variant import LayerState
 
 __all__ = ["AntiPaSTOArrow", "AntiPaSTOArrowConfig"]
@@ -57,7 +59,7 @@ class AntiPaSTOArrowConfig(SpectralConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least_one("block")
+        check_count(self.block, "block", "number")
         self._number("coeff", -100.0, 100.0)
 
 

@@ -1,6 +1,6 @@
 """AntiPaSTO-CorDA: gains on the singular values of W as the layer's inputs see it.
 
-Sources: the gains are those of ``antipasto`` (Clark 2026, arXiv 2601.07473); the
+Sources: the gains are those of ``antipasto`` (after Clark 2026, arXiv 2601.07473); the
 decomposition oriented by the covariance of the inputs is that of Yang et al. 2024, "CorDA:
 Context-Oriented Decomposition Adaptation" (arXiv 2406.05223), section 3.2, here with C^½ in
 the place of C.
@@ -21,8 +21,8 @@ Identity at t = 0: g = 0. See ``antipasto`` for the gains, ``suppress_only`` (he
 means that no part of the output grows in that mean, not for every single x), the cap on r,
 fusing and conversion.
 
-Deviation: none from the formula; 1e-3 is absolute, as in it, so that inputs far smaller
-than 0.03 are decomposed as if they had no preferred direction.
+1e-3 is absolute, so that inputs far smaller than 0.03 are decomposed as if they had no
+preferred direction.
 
 Needs W in plain form, once, and calibration data, on the untouched model.
 
@@ -38,7 +38,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.antipasto import AntiPaSTO, SpectralConfig, triplets
+from lorasmith.adapters.antipasto import AntiPaSTO, GainConfig, SpectralConfig, triplets
 from lorasmith.core.variant import BaseLayer
 
 __all__ = ["AntiPaSTOCorDA", "AntiPaSTOCorDAConfig"]
@@ -47,24 +47,10 @@ _RIDGE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class AntiPaSTOCorDAConfig(SpectralConfig):
-    """Configuration of AntiPaSTO-CorDA.
-
-    Args:
-        r: Number of directions that it acts on; capped at min(d_in, d_out).
-        coeff: Factor on the gains; negative turns their effect round.
-        suppress_only: Whether no direction may be amplified.
-    """
+class AntiPaSTOCorDAConfig(GainConfig):
+    """Configuration of AntiPaSTO-CorDA; the fields are those of ``GainConfig``."""
 
     variant: ClassVar[str] = "antipasto_corda"
-
-    coeff: float = 1.0
-    suppress_only: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._number("coeff", -100.0, 100.0)
-        self._flag("suppress_only")
 
 
 class AntiPaSTOCorDA(AntiPaSTO):
@@ -82,8 +68,18 @@ class AntiPaSTOCorDA(AntiPaSTO):
         self, base: BaseLayer, weight: Tensor, config: Any, r: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         weight = weight.to(torch.float64)
-        covariance = base.statistics["covariance"].to(weight)
-        values, axes = torch.linalg.eigh((covariance + covariance.T) / 2)
-        root = (values.clamp_min(0) + _RIDGE).sqrt()
+        covariance = base.statistics["covariance"].to(weight.device)
+        root, axes = _roots(covariance)
         u, s, v = triplets((weight @ (axes * root)) @ axes.T, r)
         return u, s, (v @ (axes / root)) @ axes.T
+
+
+def _roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """√λ and axes of C + 1e-3 I, float64: kept on C itself, which q, k and v share."""
+    kept: tuple[Tensor, Tensor] | None = getattr(covariance, "_lorasmith_roots", None)
+    if kept is None:
+        wide = covariance.to(torch.float64)
+        values, axes = torch.linalg.eigh((wide + wide.T) / 2)
+        kept = (values.clamp_min(0) + _RIDGE).sqrt(), axes
+        covariance._lorasmith_roots = kept  # type: ignore[attr-defined]
+    return kept

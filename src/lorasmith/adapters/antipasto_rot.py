@@ -1,7 +1,7 @@
 """AntiPaSTO-Rot: the singular vectors of W rotated in small blocks, its values shifted.
 
-Source: the adapter of Clark 2026, "AntiPaSTO: Self-Supervised Honesty Steering via
-Anti-Parallel Representations" (arXiv 2601.07473); Cayley's parametrisation of rotations.
+Source: after the adapter of Clark 2026, "AntiPaSTO: Self-Supervised Honesty Steering via
+Anti-Parallel Representations" (arXiv 2601.07473), equations 4 and 6 to 8.
 
     W = W_res + U diag(S) V                    r singular triplets of W, frozen
     y = W_res x + U R_u diag(S + δs) R_v V x + b
@@ -24,8 +24,11 @@ turned by ``max_angle`` or more, there is no θ where the gradient is undefined,
 Identity at t = 0: θ = 0 and δs = 0. W_res is never formed: what acts is W x + U K V x with
 K = R_u diag(S + δs) R_v − diag(S), summed from parts that are 0 at the start.
 
-Deviation: δs starts at 0 and not at N(4e-4, 4e-4), which is a small random change of the
-model. Nothing needs it: the gradient with respect to θ and δs is not 0 there.
+Deviations from the paper: R in blocks, and U rotated on request; the bound is on each block
+as a whole, where the paper puts tanh on each entry of A; ``max_angle`` is 0.5 and not π / 3;
+no coefficient α that turns both R and δs round. δs starts at 0: a random start, such as
+N(4e-4, 4e-4), would change the model, and nothing needs it, since the gradient with respect
+to θ and δs is not 0 there.
 
 Needs W in plain form, once. Fuses exactly up to rounding; ΔW has rank r. See ``antipasto``
 for the cap on r, the cost, and the size of files.
@@ -44,6 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.adapters.antipasto import CoreVariant, SpectralConfig, wide
+from lorasmith.core.config import check_count
 from lorasmith.core.variant import LayerState
 
 __all__ = ["AntiPaSTORot", "AntiPaSTORotConfig", "turns"]
@@ -71,7 +75,7 @@ class AntiPaSTORotConfig(SpectralConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._one_of("rotate", ROTATE)
-        self._at_least_one("block")
+        check_count(self.block, "block", "number")
         self._number("max_angle", 0.0, 3.14)
 
 

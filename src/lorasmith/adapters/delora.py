@@ -1,8 +1,8 @@
 """DeLoRA: decoupled low-rank adaptation.
 
 Source: Bini et al. 2025, "Decoupling Angles and Strength in Low-rank Adaptation" (arXiv
-2503.18225), ΔW = λ ‖W‖ / r · B Ξ A; semantics of PEFT 0.21.2, which takes the norm of W by
-columns.
+2503.18225), section 2.2, equations 5, 8, 9 and 15, ΔW = λ ‖W‖ / r · B Ξ A; semantics of PEFT
+0.21.2, which has the norm of each column of W in the place of ‖W‖.
 
     y = W x + b + (λ / r) B Ξ A (w ∘ dropout(x)),   Ξ_kk = 1 / (max(‖A_k‖, ε) max(‖B^k‖, ε))
 
@@ -12,14 +12,16 @@ columns.
     w [d_in]     norms of W's columns,       ε              1e-4
                  frozen
 
-Each of the r parts has norm 1 whatever A and B are, so that they learn directions and λ
-the strength: ‖B Ξ A‖ ≤ r, hence ‖ΔW‖ ≤ λ max(w).
+Each of the r parts has norm 1 however long A_k and B^k are (above ε), so that they learn
+directions and λ the strength: ‖B Ξ A‖ ≤ r, hence ‖ΔW‖ ≤ |λ| max(w), in Frobenius norms.
 
 Identity at t = 0: B = 0 (``init="zero"``, PEFT's default). The first steps away from zero
-give B its full strength at once. With ``init="subtract"``, as in the paper, A and B start at
-random and what acts is
+give B its full strength at once; the paper found that start unstable at times. With
+``init="subtract"``, as in the paper (equation 9), A and B start at random and what acts is
 
-    (λ / r) (B Ξ A − B0 Ξ0 A0) (w ∘ x),   A0, B0 frozen, equal to A and B at t = 0 .
+    (λ / r) (B Ξ A − B0 Ξ0 A0) (w ∘ x),   A0, B0 frozen, equal to A and B at t = 0,
+
+of norm up to 2 |λ| max(w): the bound is around the start of B Ξ A, not around W.
 
 Deviation from the paper: λ multiplies the frozen part, too (there it keeps the value that λ
 started with), so that λ stays the strength of all that is learnt, λ = 0 is the base model,
@@ -44,11 +46,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lorasmith.adapters.fields import refuse_trained_biases
 from lorasmith.core import lowrank
-from lorasmith.core.config import AdapterConfig
+from lorasmith.core.config import (
+    AdapterConfig,
+    check_count,
+    check_factor,
+    check_probability,
+    checked_pattern,
+)
 from lorasmith.core.hooks import owns_output
 from lorasmith.core.layers import LayerInfo, device_of
-from lorasmith.core.patterns import check_regex, first_matching_key
+from lorasmith.core.patterns import value_for
 from lorasmith.core.variant import (
     BaseLayer,
     Factors,
@@ -58,7 +67,7 @@ from lorasmith.core.variant import (
     Variant,
     WeightUse,
 )
-from lorasmith.errors import ConfigError, UnsupportedFeatureError
+from lorasmith.errors import ConfigError
 
 __all__ = ["DeLoRA", "DeLoRAConfig"]
 
@@ -97,45 +106,13 @@ class DeLoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rank_pattern", "lambda_pattern"):
-            pattern: object = getattr(self, name)
-            if not isinstance(pattern, Mapping):
-                raise ConfigError(
-                    f"{name} is not a mapping of names.",
-                    expected="{module name, its end, or a regular expression: number}",
-                    got=repr(pattern),
-                    key=name,
-                )
-            for key in pattern:
-                check_regex(key, key=name)
-            self._set(name, dict(pattern))
-        for name, rank in (("r", self.r), *_items("rank_pattern", self.rank_pattern)):
-            if type(rank) is not int or rank < 1:
-                raise ConfigError(
-                    f"{name} is not a usable rank.",
-                    expected="an integer of at least 1",
-                    got=repr(rank),
-                    key=name,
-                )
-        strengths = (
-            ("lambda_init", self.lambda_init),
-            *_items("lambda_pattern", self.lambda_pattern),
+        check_count(self.r, "r")
+        check_factor(self.lambda_init, "lambda_init")
+        check_probability(self.dropout, "dropout")
+        self._set("rank_pattern", checked_pattern(self.rank_pattern, "rank_pattern", check_count))
+        self._set(
+            "lambda_pattern", checked_pattern(self.lambda_pattern, "lambda_pattern", check_factor)
         )
-        for name, value in strengths:
-            if not _is_number(value) or value == 0:
-                raise ConfigError(
-                    f"{name} is no strength to start with: at 0 neither A nor B would learn.",
-                    expected="a finite number other than 0",
-                    got=repr(value),
-                    key=name,
-                )
-        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(
-                "dropout is not a probability below 1.",
-                expected="0 <= dropout < 1",
-                got=repr(self.dropout),
-                key="dropout",
-            )
         if self.init not in _INITS:
             raise ConfigError(
                 "init is not a known start.",
@@ -146,22 +123,11 @@ class DeLoRAConfig(AdapterConfig):
 
     def rank_of(self, module_name: str) -> int:
         """Rank for the layer of that name."""
-        key = first_matching_key(self.rank_pattern, module_name)
-        return self.r if key is None else self.rank_pattern[key]
+        return value_for(self.rank_pattern, module_name, self.r)
 
     def lambda_of(self, module_name: str) -> float:
         """Where λ starts in the layer of that name."""
-        key = first_matching_key(self.lambda_pattern, module_name)
-        return self.lambda_init if key is None else self.lambda_pattern[key]
-
-
-def _items(name: str, pattern: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return [(f"{name}[{key!r}]", value) for key, value in pattern.items()]
-
-
-def _is_number(value: object) -> bool:
-    known = isinstance(value, int | float) and not isinstance(value, bool)
-    return known and math.isfinite(value)  # type: ignore[arg-type]
+        return value_for(self.lambda_pattern, module_name, self.lambda_init)
 
 
 def _inverse_norms(A: Tensor, B: Tensor) -> Tensor:
@@ -320,16 +286,4 @@ class DeLoRA(Variant):
             rank_pattern=fields.get("rank_pattern") or {},
             lambda_pattern=fields.get("lambda_pattern") or {},
             **common,
-        )
-
-
-def refuse_trained_biases(fields: Mapping[str, Any]) -> None:
-    """Raises an ``UnsupportedFeatureError`` where PEFT has trained the base's biases, too."""
-    value = fields.get("bias", "none")
-    if value not in ("none", None):
-        raise UnsupportedFeatureError(
-            "The adapter has trained biases of the base model, which lorasmith does not have.",
-            expected="bias = 'none'",
-            got=repr(value),
-            key="bias",
         )

@@ -22,18 +22,21 @@ under ``torch.compile``), where asking would stall the device, c_i² is kept abo
 1e-6 ‖W_i‖²; a row that short has lost two digits. While no gradient is needed, the norms
 are kept (on CPU) until A, B or W change.
 
-Deviations from the paper and PEFT: dropout acts on the low-rank path alone (PEFT also
-drops the base path's input, which would make the frozen layer noisy). A zero row of W has
-no direction and stays zero (PEFT: NaN).
+Deviations from the paper and PEFT: the paper writes the magnitude of W [d, k] as one number
+for each column (m [1, k]); PEFT, and we, take it of each output of the layer. Dropout
+acts on the low-rank path alone (PEFT also drops the base path's input, which would make
+the frozen layer noisy). A zero row of W has no direction and stays zero (PEFT: NaN).
 
 Needs W (its rows' norms): a quantised layer is dequantised anew whenever the norms are.
 Fuses exactly up to rounding.
+
+Files: PEFT's ``LORA`` with ``use_dora``; m is ``lora_magnitude_vector``, the rest as in
+``lora``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -161,14 +164,6 @@ def _fingerprint(factor: Tensor) -> tuple[float, float]:
     return float(factor.sum()), float(torch.linalg.vector_norm(factor))
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """A context in which operations keep the dtypes they are given."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
-
-
 def _wide(weight: Tensor) -> torch.dtype:
     """The dtype in which norms are computed: float32, or float64 for a float64 base."""
     return torch.promote_types(weight.dtype, torch.float32)
@@ -227,7 +222,7 @@ class DoRA(LoRA):
             norms: Tensor = cache["norms"]
             return norms
         weight = base.weight  # of a quantised layer a copy, so only where it is needed
-        with torch.no_grad(), _no_autocast(weight):
+        with torch.no_grad(), lowrank.no_autocast(weight):
             version = None if compiling else base.weight_version
             squared = self._squared(weight, version, cache)
             s = scaling(state)

@@ -1,8 +1,7 @@
 """HRA: Householder reflection adaptation.
 
 Source: Yuan et al. 2024, "Bridging The Gap between Low-rank and Orthogonal Adaptation via
-Householder Reflection Adaptation" (arXiv 2405.17484), equations 3 and 4; semantics of PEFT
-0.21.2.
+Householder Reflection Adaptation" (arXiv 2405.17484), equation 1; semantics of PEFT 0.21.2.
 
     y = W H₁ ⋯ H_r x + b,   H_i = I − 2 u_i u_iᵀ / ‖u_i‖²
 
@@ -17,9 +16,9 @@ so that the base layer is given x − U (M (Uᵀ x)): two narrow products and a 
 of size r, in float32. What is saved for the backward pass is x and two vectors of size r a
 token.
 
-Identity at t = 0: r is even and the columns come in equal pairs; reflecting twice is doing
-nothing. An odd number of reflections never is the identity, so odd r is refused (PEFT starts
-it at random).
+Identity at t = 0: r is even and the columns come in equal pairs (PEFT's start); reflecting
+twice is doing nothing. An odd number of reflections never is the identity, so odd r is
+refused (PEFT starts it at random).
 
 With ``gram_schmidt`` (PEFT's ``apply_GS``; the paper's strict orthogonality) the columns are
 orthogonalised first, and the product of the reflections is I − 2 Q Qᵀ with Q [d_in, r] an
@@ -30,6 +29,9 @@ rounding errors of pairs. Here such an adapter starts at random directions, and 
     y = W (I − 2 Q0 Q0ᵀ) (I − 2 Q Qᵀ) x + b,   Q0 frozen, equal to Q at t = 0 .
 
 It is orthogonal all the same, and PEFT can be given it as 2r plain reflections.
+
+The paper's regulariser λ ‖I − Uᵀ U‖² is a term of the loss and not part of an adapter: this
+is its λ = 0, and with ``gram_schmidt`` λ = ∞.
 
 W is not looked at: works on quantised layers, fuses exactly up to rounding. A column that is
 exactly zero has no reflection; the result is not finite then, as in PEFT.
@@ -49,10 +51,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.delora import refuse_trained_biases
-from lorasmith.adapters.dora import _no_autocast
+from lorasmith.adapters.fields import refuse_trained_biases
 from lorasmith.core import lowrank
-from lorasmith.core.config import AdapterConfig
+from lorasmith.core.config import AdapterConfig, check_count
 from lorasmith.core.hooks import owns_output
 from lorasmith.core.layers import LayerInfo, device_of
 from lorasmith.core.variant import (
@@ -89,13 +90,7 @@ class HRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.r) is not int or self.r < 1:
-            raise ConfigError(
-                "r is not a usable number of reflections.",
-                expected="an integer of at least 1",
-                got=repr(self.r),
-                key="r",
-            )
+        check_count(self.r, "r", "number of reflections")
         if type(self.gram_schmidt) is not bool:
             raise ConfigError(
                 "gram_schmidt is neither true nor false.",
@@ -176,7 +171,7 @@ class HRA(Variant):
         siblings = getattr(state, "siblings", None)
         passed, h = lowrank.down(x, owned=owned, member=state, siblings=siblings, rows=_rows)
         U = state["U"]
-        with _no_autocast(U):
+        with lowrank.no_autocast(U):
             narrow = h.to(U.dtype) @ _middle(U).T
         return lowrank.up(passed, narrow, U, -1.0), None
 
@@ -185,12 +180,12 @@ class HRA(Variant):
         """(I − 2 Q0 Q0ᵀ) (I − 2 Q Qᵀ) x."""
         U = state["U"]
         Q0 = state["Q0"] if "Q0" in state else None
-        with _no_autocast(U):
+        with lowrank.no_autocast(U):
             Q = _orthonormal(U)
         passed, h = lowrank.down(x, Q.T, A0=None if Q0 is None else Q0.T, owned=owned)
         if Q0 is None:
             return lowrank.up(passed, h, Q, -2.0)
-        with _no_autocast(U):
+        with lowrank.no_autocast(U):
             # x − 2 Q h₁ − 2 Q0 (h₀ − 2 Q0ᵀ Q h₁), with the sign that ``up`` gives Q0.
             h = h.to(U.dtype)
             first, second = h[..., : Q.shape[1]], h[..., Q.shape[1] :]

@@ -1,7 +1,7 @@
 """IA3: learned gains on the outputs (and, in feed-forward layers, the inputs) of layers.
 
 Source: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper
-than In-Context Learning" (arXiv 2205.05638), equation 1; semantics of PEFT 0.21.2.
+than In-Context Learning" (arXiv 2205.05638), section 3.3; semantics of PEFT 0.21.2.
 
     y = l ∘ (W x + b)            outputs, l [d_out]
     y = W (l ∘ x) + b            layers named in ``feedforward``, l [d_in]
@@ -12,6 +12,9 @@ The paper scales keys, values and the hidden units between the two feed-forward 
 Identity at t = 0: l = 1.
 
 Works on quantised layers; fuses exactly up to rounding (the bias is scaled with the rows).
+The paper's losses (unlikelihood, length normalisation) are not part of an adapter.
+
+Files: PEFT's ``IA3``; l is ``ia3_l`` [d_out, 1], or [1, d_in] in feed-forward layers.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lorasmith.adapters.fields import transposed
 from lorasmith.core.config import AdapterConfig, Targets, as_names
 from lorasmith.core.layers import LayerInfo, device_of
 from lorasmith.core.patterns import matches_name, matches_regex
@@ -133,7 +137,7 @@ class IA3(Variant):
     def to_peft(self, config: AdapterConfig, modules: Mapping[str, LayerInfo]) -> dict[str, Any]:
         return {
             "feedforward_modules": [n for n in modules if self.on_input(config, n)],
-            "fan_in_fan_out": any(i.kind == "conv1d" for i in modules.values()),
+            **transposed(modules),
             # PEFT: "initialise the gains to 1", which is the identity.
             "init_ia3_weights": True,
         }

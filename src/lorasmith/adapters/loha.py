@@ -2,7 +2,7 @@
 
 Sources: Hyeon-Woo et al. 2021, "FedPara: Low-Rank Hadamard Product for Communication-
 Efficient Federated Learning" (arXiv 2108.06098), proposition 1; Yeh et al. 2023, LyCORIS
-(arXiv 2309.14859); semantics of PEFT 0.21.2.
+(arXiv 2309.14859), equation 3; semantics of PEFT 0.21.2.
 
     y = W x + b + ΔW x,   ΔW = s (A1 B1) ∘ (A2 B2)
 

@@ -1,7 +1,7 @@
 """LoKr: a Kronecker product whose second factor may be of low rank.
 
-Sources: Edalati et al. 2022, KronA (arXiv 2212.10650), equations 4 and 6; Yeh et al. 2023,
-LyCORIS (arXiv 2309.14859), section 4.2; semantics of PEFT 0.21.2.
+Sources: Edalati et al. 2022, KronA (arXiv 2212.10650); Yeh et al. 2023, LyCORIS (arXiv
+2309.14859), equations 4 and 5; semantics of PEFT 0.21.2.
 
     y = W x + b + s (C ⊗ D) x
 

@@ -35,6 +35,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lorasmith.adapters.fields import refuse, transposed
 from lorasmith.core import lowrank
 from lorasmith.core.config import LowRankConfig
 from lorasmith.core.hooks import owns_output
@@ -48,7 +49,7 @@ from lorasmith.core.variant import (
     Variant,
     WeightUse,
 )
-from lorasmith.errors import ConfigError, UnsupportedFeatureError
+from lorasmith.errors import ConfigError
 from lorasmith.init import Initialisation, get_initialisation
 from lorasmith.init.types import Shape
 
@@ -217,16 +218,10 @@ class LoRA(Variant):
 
     def to_peft(self, config: LoRAConfig, modules: Mapping[str, LayerInfo]) -> dict[str, Any]:
         return {
-            "r": config.r,
-            "lora_alpha": config.alpha,
-            "lora_dropout": config.dropout,
-            "use_rslora": config.scaling == "rslora",
+            **low_rank_to_peft(config, modules),
             "use_dora": False,
-            "rank_pattern": dict(config.rank_pattern),
-            "alpha_pattern": dict(config.alpha_pattern),
             "bias": "none",
             "lora_bias": False,
-            "fan_in_fan_out": any(i.kind == "conv1d" for i in modules.values()),
             # Never the name of the initialisation: PEFT would run it again on load.
             "init_lora_weights": True,
         }
@@ -261,6 +256,19 @@ _UNSUPPORTED = {
 }
 
 
+def low_rank_to_peft(config: LowRankConfig, modules: Mapping[str, LayerInfo]) -> dict[str, Any]:
+    """The fields of PEFT's ``LoraConfig`` that say what ours do."""
+    return {
+        "r": config.r,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.scaling == "rslora",
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
+        **transposed(modules),
+    }
+
+
 def low_rank_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Our low-rank fields from those of PEFT's ``LoraConfig``.
 
@@ -271,15 +279,7 @@ def low_rank_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         UnsupportedFeatureError: If the file uses a feature that would change the result and that
             lorasmith does not have.
     """
-    for key, neutral in _UNSUPPORTED.items():
-        value = fields.get(key, neutral)
-        if value != neutral and value not in (None, [], {}):
-            raise UnsupportedFeatureError(
-                f"The adapter uses PEFT's {key}, which lorasmith cannot reproduce.",
-                expected=f"{key} = {neutral!r}",
-                got=repr(value),
-                key=key,
-            )
+    refuse(fields, _UNSUPPORTED)
     return {
         "r": fields.get("r", 8),
         "alpha": fields.get("lora_alpha", 8),

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorasmith.adapters.lora import low_rank_fields, scaling
+from lorasmith.adapters.lora import low_rank_fields, low_rank_to_peft, scaling
 from lorasmith.core import lowrank
 from lorasmith.core.config import LowRankConfig
 from lorasmith.core.hooks import owns_output
@@ -158,16 +158,7 @@ class LoRAXS(Variant):
         return shapes["lora_xs_A"][1], shapes["lora_xs_B"][0]
 
     def to_peft(self, config: LoRAXSConfig, modules: Mapping[str, LayerInfo]) -> dict[str, Any]:
-        return {
-            "r": config.r,
-            "lora_alpha": config.alpha,
-            "lora_dropout": config.dropout,
-            "use_rslora": config.scaling == "rslora",
-            "rank_pattern": dict(config.rank_pattern),
-            "alpha_pattern": dict(config.alpha_pattern),
-            "fan_in_fan_out": any(i.kind == "conv1d" for i in modules.values()),
-            "init_lora_xs": config.init,
-        }
+        return {**low_rank_to_peft(config, modules), "init_lora_xs": config.init}
 
     def from_peft(
         self, fields: Mapping[str, Any], common: Mapping[str, Any]

@@ -18,12 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.core.config import AdapterConfig
-from lorasmith.core.patterns import check_regex, first_matching_key
+from lorasmith.adapters.fields import refuse
+from lorasmith.core.config import (
+    AdapterConfig,
+    check_count,
+    check_factor,
+    check_probability,
+    checked_pattern,
+)
+from lorasmith.core.patterns import value_for
 from lorasmith.core.variant import LayerState
-from lorasmith.errors import ConfigError, UnsupportedFeatureError
 
-__all__ = ["LycorisConfig", "check_rank", "lycoris_fields", "output_gain", "refuse", "to_fields"]
+__all__ = ["LycorisConfig", "lycoris_fields", "output_gain", "to_fields"]
 
 PEFT_FIELDS = (
     "alpha alpha_pattern init_weights layers_pattern layers_to_transform module_dropout r "
@@ -31,35 +37,6 @@ PEFT_FIELDS = (
 )
 #: PEFT fields that change more than we have, with the value at which they do nothing.
 _UNSUPPORTED = {"use_effective_conv2d": False}
-
-
-def check_rank(value: object, key: str) -> None:
-    """Raises a ``ConfigError`` unless ``value`` is a whole number of at least 1."""
-    if type(value) is not int or value < 1:
-        raise ConfigError(
-            f"{key} is not a usable size.",
-            expected="an integer of at least 1",
-            got=repr(value),
-            key=key,
-        )
-
-
-def check_probability(value: object, key: str) -> None:
-    """Raises a ``ConfigError`` unless 0 <= ``value`` < 1."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0.0 <= value < 1.0:  # type: ignore[operator]
-        raise ConfigError(
-            f"{key} is not a probability below 1.",
-            expected=f"0 <= {key} < 1",
-            got=repr(value),
-            key=key,
-        )
-
-
-def _check_alpha(value: object, key: str) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0.0 < abs(value) < float("inf"):  # type: ignore[arg-type]
-        raise ConfigError(f"{key} is not a finite number other than 0.", got=repr(value), key=key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,34 +64,22 @@ class LycorisConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank(self.r, "r")
-        _check_alpha(self.alpha, "alpha")
+        check_count(self.r, "r")
+        check_factor(self.alpha, "alpha")
         check_probability(self.rank_dropout, "rank_dropout")
         check_probability(self.module_dropout, "module_dropout")
-        for name, check in (("rank_pattern", check_rank), ("alpha_pattern", _check_alpha)):
-            pattern: object = getattr(self, name)
-            if not isinstance(pattern, Mapping) or not all(isinstance(k, str) for k in pattern):
-                raise ConfigError(
-                    f"{name} is not a mapping of names.",
-                    expected="{module name, its end, or a regular expression: number}",
-                    got=repr(pattern),
-                    key=name,
-                )
-            for key, value in pattern.items():
-                check_regex(key, key=name)
-                check(value, f"{name}[{key!r}]")
-            self._set(name, dict(pattern))
+        self._set("rank_pattern", checked_pattern(self.rank_pattern, "rank_pattern", check_count))
+        self._set(
+            "alpha_pattern", checked_pattern(self.alpha_pattern, "alpha_pattern", check_factor)
+        )
 
     def rank_of(self, module_name: str) -> int:
         """Rank for the layer of that name."""
-        key = first_matching_key(self.rank_pattern, module_name)
-        return self.r if key is None else self.rank_pattern[key]
+        return value_for(self.rank_pattern, module_name, self.r)
 
     def scaling_of(self, module_name: str) -> float:
         """s for the layer of that name."""
-        key = first_matching_key(self.alpha_pattern, module_name)
-        alpha = self.alpha if key is None else self.alpha_pattern[key]
-        return alpha / self.rank_of(module_name)
+        return value_for(self.alpha_pattern, module_name, self.alpha) / self.rank_of(module_name)
 
 
 def output_gain(state: LayerState, y: Tensor, *, rescale: bool) -> Tensor | None:
@@ -167,16 +132,3 @@ def lycoris_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         "rank_pattern": fields.get("rank_pattern") or {},
         "alpha_pattern": fields.get("alpha_pattern") or {},
     }
-
-
-def refuse(fields: Mapping[str, Any], unsupported: Mapping[str, object]) -> None:
-    """Raises an ``UnsupportedFeatureError`` if a field has another than its neutral value."""
-    for key, neutral in unsupported.items():
-        value = fields.get(key, neutral)
-        if value not in (neutral, None):
-            raise UnsupportedFeatureError(
-                f"The adapter uses PEFT's {key}, which lorasmith cannot reproduce.",
-                expected=f"{key} = {neutral!r}",
-                got=repr(value),
-                key=key,
-            )

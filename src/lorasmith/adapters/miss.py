@@ -1,8 +1,8 @@
 """MiSS: all blocks of a row of W are moved by the same shard.
 
 Source: Kang & Yin 2024, "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-
-Sharing Structure" (arXiv 2409.15371), equations 3 to 5 (its earlier versions call it Bone,
-and "bat" the form with weight guidance); semantics of PEFT 0.21.2.
+Sharing Structure" (arXiv 2409.15371; first called Bone), section 4.2, equations 4 to 7, for
+"balance", which is the paper's efficient form (MiSSᵉ); PEFT 0.21.2 for "mini" and "bat".
 
     y = W x + b + Dᵀ Σ_j x_j                     "balance"
     y_i = (W x + b)_i + Dᵀ Σ_j x_j               "mini", for each part y_i [q] of y
@@ -24,8 +24,9 @@ r (mini: q); nothing but that sum [r] is kept for the backward pass, neither x n
 ``factors``: "balance" and "mini" are of rank r: A [r, d_in] is I repeated, B is Dᵀ (mini:
 repeated). A is not trained. None where a file does not tell d_in; none for "bat".
 
-Deviations from PEFT: ``dropout`` acts on the input of the update in all forms (PEFT: not
-with "bat"). PEFT does not adapt GPT-2's ``Conv1D``.
+Deviation from the paper: its other form (equation 3), in which neighbouring outputs share a
+row of D, is not here, nor in PEFT. Deviations from PEFT: ``dropout`` acts on the input of
+the update in all forms (PEFT: not with "bat"). PEFT does not adapt GPT-2's ``Conv1D``.
 
 "balance" and "mini" do not read W: they work on quantised layers. "bat" reads it on every
 forward. All fuse exactly up to rounding.
@@ -43,9 +44,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorasmith.adapters.lycoris import check_probability, check_rank, refuse
+from lorasmith.adapters.fields import refuse_trained_biases
 from lorasmith.core import lowrank, recomputed
-from lorasmith.core.config import AdapterConfig
+from lorasmith.core.config import AdapterConfig, check_count, check_probability
 from lorasmith.core.hooks import owns_output
 from lorasmith.core.layers import LayerInfo, device_of
 from lorasmith.core.variant import (
@@ -86,8 +87,8 @@ class MiSSConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank(self.r, "r")
-        check_rank(self.mini_r, "mini_r")
+        check_count(self.r, "r")
+        check_count(self.mini_r, "mini_r", "size")
         check_probability(self.dropout, "dropout")
         if self.form not in _FORMS:
             raise ConfigError(
@@ -316,7 +317,7 @@ class MiSS(Variant):
     def from_peft(self, fields: Mapping[str, Any], common: Mapping[str, Any]) -> MiSSConfig | None:
         if fields.get("peft_type") != self.peft_type:
             return None
-        refuse(fields, {"bias": "none"})
+        refuse_trained_biases(fields)
         form = fields.get("init_weights", True)
         return MiSSConfig(
             r=fields.get("r", 64),

@@ -1,8 +1,8 @@
 """OFT: the input is rotated, block by block, by trained orthogonal matrices.
 
 Sources: Qiu et al. 2023, "Controlling Text-to-Image Diffusion by Orthogonal Finetuning"
-(arXiv 2306.07280), section 4 (Cayley parametrisation, block-diagonal form, COFT); Qiu et al.
-2025, OFTv2 (arXiv 2506.19847), sections 3 and 4 (the input is rotated instead of the
+(arXiv 2306.07280), sections 3.3 and 3.4 (Cayley, blocks on the diagonal, COFT); Qiu et al.
+2025, OFTv2 (arXiv 2506.19847), sections 3.2 and 3.3 (the input is rotated instead of the
 weight; Cayley-Neumann series); semantics of PEFT 0.21.2.
 
     y = W (x R) + b,   R = diag(R_1, …, R_n),   x R taken block by block
@@ -15,8 +15,8 @@ weight; Cayley-Neumann series); semantics of PEFT 0.21.2.
     R_i = I + 2 Q_i + 2 Q_i² + … + 2 Q_i^(L−1) + Q_i^L              ``cayley="neumann"``
 
 with L = max(3, neumann_terms − 1); 2 terms are I + 2 Q_i. The series is that of
-(I + Q_i) (I − Q_i)⁻¹, the inverse of the exact form, and orthogonal only up to Q_i^L. Both
-are PEFT's, signs included.
+(I + Q_i) (I − Q_i)⁻¹, the papers' form and the inverse of the exact form here, and
+orthogonal only up to Q_i^L. Both are PEFT's, signs included.
 
 Identity at t = 0: Q = 0.
 
@@ -35,6 +35,8 @@ as PEFT's documentation says; its 0.21.2 takes the option and does nothing. A la
 only blocks of size 1 would divide is refused (PEFT: an adapter without parameters). PEFT
 does not adapt GPT-2's ``Conv1D``. Files with the series that do not come from PEFT 0.18 or
 later are refused: the series was another one (PEFT: a warning).
+
+The paper's re-scaled form (section 3.5, a trained factor on each output) is not here.
 
 ``factors`` gives none: W R − W has full rank.
 
@@ -57,11 +59,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.lycoris import check_probability, check_rank, refuse
+from lorasmith.adapters.fields import refuse_trained_biases, transposed
 from lorasmith.core import lowrank
-from lorasmith.core.config import AdapterConfig
+from lorasmith.core.config import AdapterConfig, check_count, check_probability
 from lorasmith.core.layers import LayerInfo, device_of
-from lorasmith.core.recomputed import no_autocast
 from lorasmith.core.variant import (
     BaseLayer,
     Carry,
@@ -118,9 +119,9 @@ class OFTConfig(AdapterConfig):
             )
         if self.blocks is None:
             self._set("block_size", 32 if self.block_size is None else self.block_size)
-            check_rank(self.block_size, "block_size")
+            check_count(self.block_size, "block_size", "size")
         else:
-            check_rank(self.blocks, "blocks")
+            check_count(self.blocks, "blocks", "number")
         if self.cayley not in _CAYLEY:
             raise ConfigError(
                 "cayley is not known.",
@@ -128,7 +129,7 @@ class OFTConfig(AdapterConfig):
                 got=repr(self.cayley),
                 key="cayley",
             )
-        check_rank(self.neumann_terms, "neumann_terms")
+        check_count(self.neumann_terms, "neumann_terms", "number")
         if self.neumann_terms < 2:
             raise ConfigError(
                 "With one term the series is the identity, and nothing would be learnt.",
@@ -185,7 +186,7 @@ def rotations(
     upper = upper.view(count, size, size)
     q = upper - upper.transpose(1, 2)
     identity = torch.eye(size, dtype=q.dtype, device=q.device)
-    with no_autocast(q):
+    with lowrank.no_autocast(q):
         if terms is None:
             found: Tensor = torch.linalg.solve(identity + q, identity - q, left=False)
             return found
@@ -364,7 +365,7 @@ class OFT(Variant):
             "module_dropout": config.module_dropout,
             "bias": "none",
             "init_weights": True,
-            "fan_in_fan_out": any(i.kind == "conv1d" for i in modules.values()),
+            **transposed(modules),
             # PEFT's series was another one before; without this it warns.
             "peft_version": ".".join(map(str, (*_SINCE, 0))),
         }
@@ -372,7 +373,7 @@ class OFT(Variant):
     def from_peft(self, fields: Mapping[str, Any], common: Mapping[str, Any]) -> OFTConfig | None:
         if fields.get("peft_type") != self.peft_type:
             return None
-        refuse(fields, {"bias": "none"})
+        refuse_trained_biases(fields)
         if "oft_block_size" not in fields:
             raise ConfigError(
                 "The adapter was made by a PEFT before 0.14, whose OFT was another one.",

@@ -11,8 +11,10 @@ Batching and Composability" (arXiv 2409.00119), equations 3 and 4; semantics of 
     W, b         frozen                      "road_2"  [d_out], one of each a row of R
                                              "road_4"  [2 d_out], one of each an entry of R
 
-Outputs are paired inside groups of ``group_size``: the first half of a group with the second
-half. R is never formed; with c and s [d_out] the factors on an output and on its partner,
+Deviation from the paper, as in PEFT: it pairs neighbours (outputs 2i − 1 and 2i); here they
+are paired inside groups of ``group_size``, the first half of a group with the second half.
+
+R is never formed; with c and s [d_out] the factors on an output and on its partner,
 
     y ← c ∘ y + s ∘ (−y₂, y₁) .
 

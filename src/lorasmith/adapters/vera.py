@@ -40,10 +40,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorasmith.adapters.fields import refuse_trained_biases, transposed
 from lorasmith.core import lowrank
-from lorasmith.core.config import AdapterConfig
+from lorasmith.core.config import AdapterConfig, check_count, check_factor, check_probability
 from lorasmith.core.hooks import owns_output
 from lorasmith.core.layers import LayerInfo, device_of
+from lorasmith.core.state import SharedTensors
 from lorasmith.core.variant import (
     BaseLayer,
     Factors,
@@ -52,7 +54,7 @@ from lorasmith.core.variant import (
     TensorSpec,
     Variant,
 )
-from lorasmith.errors import ConfigError, UnsupportedFeatureError
+from lorasmith.errors import ConfigError
 
 __all__ = ["VeRA", "VeRAConfig"]
 
@@ -82,12 +84,11 @@ class VeRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         seed: object = self.projection_prng_key
-        number = _is_number(self.dropout)
+        check_count(self.r, "r")
+        # At 0 neither vector would ever have a gradient.
+        check_factor(self.d_initial, "d_initial")
+        check_probability(self.dropout, "dropout")
         for key, expected, fits in (
-            ("r", "an integer of at least 1", type(self.r) is int and self.r >= 1),
-            # At 0 neither vector would ever have a gradient.
-            ("d_initial", "a number other than 0", _is_number(self.d_initial) and self.d_initial),
-            ("dropout", "0 <= dropout < 1", number and 0 <= self.dropout < 1),
             (
                 "projection_prng_key",
                 "an integer from 0 to 2^64 - 1",
@@ -102,10 +103,6 @@ class VeRAConfig(AdapterConfig):
                     got=repr(getattr(self, key)),
                     key=key,
                 )
-
-
-def _is_number(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
 
 
 class _Up(torch.autograd.Function):
@@ -130,6 +127,14 @@ class _Up(torch.autograd.Function):
             sums = (flat.T @ h.reshape(-1, h.shape[-1])).to(B.dtype) * B
             g_b, g_d = sums @ d, b @ sums
         return g, g_h, g_b, g_d, None, None
+
+
+def _cast(state: LayerState, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """All of A or B where ``like`` is: to cast it on each call would outlast a small product."""
+    shared: SharedTensors | None = getattr(state, "shared", None)
+    if shared is None or lowrank.plain(like):
+        return state[name].to(like.device, dtype)
+    return shared.cast(name, like.device, dtype)
 
 
 def _folded(b: Tensor, d: Tensor, B: Tensor) -> Tensor:
@@ -174,7 +179,7 @@ class VeRA(Variant):
         config: VeRAConfig = state.config  # type: ignore[assignment]
         return lowrank.down(
             x,
-            state["A"][:, : base.info.d_in].to(x.device),
+            _cast(state, "A", x, lowrank.compute_dtype(x))[:, : base.info.d_in],
             dropout=config.dropout if state.training else 0.0,
             owned=owns_output(base.module, base),
             member=state,
@@ -183,15 +188,16 @@ class VeRA(Variant):
         )
 
     def after(self, state: LayerState, y: Tensor, carry: Tensor, base: BaseLayer) -> Tensor:
-        B = state["B"][: base.info.d_out].to(y.device)
         b, d, h = state["lambda_b"], state["lambda_d"], carry.to(y.dtype)
         owned = owns_output(base.module, base)
+        B = state["B"][: base.info.d_out].to(y.device)
         if lowrank.fast(y):
             out: Tensor = _Up.apply(y, h, b, d, B, owned)  # type: ignore[no-untyped-call]
             return out
         if torch.is_grad_enabled() or lowrank.plain(y) or y.numel() < lowrank.SMALL:
             # On a few tokens it is cheaper to scale these than B.
-            return y + F.linear(h * d.to(y.dtype), B.to(y.dtype)).to(y.dtype) * b.to(y.dtype)
+            narrow = _cast(state, "B", y, y.dtype)[: base.info.d_out]
+            return y + F.linear(h * d.to(y.dtype), narrow).to(y.dtype) * b.to(y.dtype)
         return lowrank.up(y, h, _folded(b, d, B), 1.0, owned=owned)
 
     def effective_weight(self, state: LayerState, weight: Tensor) -> Tensor:
@@ -230,21 +236,14 @@ class VeRA(Variant):
             "projection_prng_key": config.projection_prng_key,
             "save_projection": config.save_projection,
             "bias": "none",
-            "fan_in_fan_out": any(i.kind == "conv1d" for i in modules.values()),
+            **transposed(modules),
             "init_weights": True,
         }
 
     def from_peft(self, fields: Mapping[str, Any], common: Mapping[str, Any]) -> VeRAConfig | None:
         if fields.get("peft_type") != self.peft_type:
             return None
-        bias = fields.get("bias") or "none"
-        if bias != "none":
-            raise UnsupportedFeatureError(
-                "The adapter has trained biases of the base model, which lorasmith cannot load.",
-                expected="bias = 'none'",
-                got=repr(bias),
-                key="bias",
-            )
+        refuse_trained_biases(fields)
         return VeRAConfig(
             r=fields.get("r", 256),
             d_initial=fields.get("d_initial", 0.1),

@@ -30,6 +30,9 @@ class BaseModel:
     """Quantise the base model while loading it: nf4, fp4 or int8 (bitsandbytes), int4 or
     int8-torchao (torchao)."""
 
+    dequantize: Annotated[bool, Parameter(group=_GROUP)] = False
+    """Let an adapter that must read the base's weights dequantise them, layer by layer."""
+
     device: Annotated[str, Parameter(group=_GROUP)] = "auto"
     """auto, cpu, cuda or mps."""
 
@@ -57,7 +60,12 @@ class BaseModel:
         if self.adapter is not None:
             import lorasmith as ls
 
-            ls.load(base, self.adapter, allow_base_mismatch=self.allow_base_mismatch)
+            ls.load(
+                base,
+                self.adapter,
+                dequantize=self.dequantize,
+                allow_base_mismatch=self.allow_base_mismatch,
+            )
         return base, tokenizer
 
 

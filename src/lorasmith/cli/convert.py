@@ -28,6 +28,7 @@ def convert(
     revision: str | None = None,
     trust_remote_code: bool = False,
     allow_base_mismatch: bool = False,
+    overwrite: bool = False,
     common: CommonOptions = Common(),  # noqa: B008 - frozen
 ) -> int:
     """Turn an adapter into the nearest plain LoRA, and say how near it is.
@@ -59,6 +60,8 @@ def convert(
         Let code that comes with MODEL run.
     allow_base_mismatch
         Use MODEL even if the adapter was made for other weights.
+    overwrite
+        Replace an adapter that is in OUTPUT.
     """
     with session(common):
         import lorasmith as ls
@@ -72,6 +75,20 @@ def convert(
         given: dict[str, Any] = {k: v for k, v in (("r", r), ("alpha", alpha)) if v is not None}
         if r is None and alpha is not None:
             raise ConfigError("--alpha goes with --r.", fix="give --r as well", key="--alpha")
+        if output.exists() and Path(adapter).exists() and output.samefile(adapter):
+            raise ConfigError(
+                "The LoRA would take the place of the adapter that it is made from.",
+                got=output,
+                fix="choose another directory",
+                key="--output",
+            )
+        if not overwrite and (output / "adapter_config.json").exists():
+            raise ConfigError(
+                "There is an adapter in the output directory already.",
+                got=output,
+                fix="choose another one, or give --overwrite",
+                key="--output",
+            )
         base = None
         if model is not None:
             from lorasmith.training.models import load_model

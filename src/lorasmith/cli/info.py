@@ -12,6 +12,9 @@ from lorasmith.cli.output import Common, CommonOptions, emit, grid, session
 
 __all__ = ["adapter_info", "info", "model_info", "outline"]
 
+#: Entries from which on a pattern is only counted; ``--json`` has all of it.
+_LONG = 8
+
 
 def info(
     name: str,
@@ -39,7 +42,7 @@ def info(
             found = model_info(name, revision=revision, trust_remote_code=trust_remote_code)
 
         def render(console: Console) -> None:
-            console.print(grid({k.replace("_", " "): shown(v) for k, v in found.items()}))
+            console.print(grid({k.replace("_", " "): shown(v) for k, v in _short(found).items()}))
 
         emit(common, found, render)
     return 0
@@ -50,6 +53,20 @@ def _holds_adapter(path: Path) -> bool:
     if (path / "adapter_config.json").is_file():
         return True
     return not (path / "config.json").is_file() and any(path.glob("*/adapter_config.json"))
+
+
+def _short(found: dict[str, Any]) -> dict[str, Any]:
+    """What people read of it: no fields that are not set, no pattern of hundreds of layers."""
+    found = dict(found)
+    if "config" in found:
+        found["config"] = {
+            k: f"of {len(v)} layers" if isinstance(v, dict) and len(v) > _LONG else v
+            for k, v in found["config"].items()
+            if shown(v) is not None
+        }
+    if "ranks" in found:
+        found["ranks"] = [f"{r} on {count:,} layers" for r, count in found["ranks"].items()]
+    return found
 
 
 def shown(value: Any) -> str | None:

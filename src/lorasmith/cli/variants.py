@@ -54,11 +54,14 @@ def variants(
     with session(common):
         import lorasmith as ls
         from lorasmith.cli.info import outline
+        from lorasmith.core.targets import select
         from lorasmith.training.models import load_config, resolve_model
 
         resolved = resolve_model(model, revision=revision)
         config = load_config(resolved, trust_remote_code=trust_remote_code)
         empty = outline(model, config, trust_remote_code=trust_remote_code)
+        # What would be said of every family is a mistake, not a note.
+        select(empty, _config(ls.variants()["lora"], r, targets))
         found = [
             describe(variant, empty, r=r, targets=targets) for variant in ls.variants().values()
         ]
@@ -172,6 +175,12 @@ def _show(console: Console, model: str, total: int, found: list[dict[str, Any]])
         "(the others run one after the other). data: needs calibration."
     )
     console.print(Text(legend, style="dim"))
+    ranks: dict[int, list[str]] = {}
+    for one in found:
+        if one["r"] is not None:
+            ranks.setdefault(one["r"], []).append(one["name"])
+    said = "; ".join(f"{r} for {', '.join(names)}" for r, names in sorted(ranks.items()))
+    console.print(Text(f"Ranks (--r): {said}.", style="dim"))
     for one in found:
         if one["note"] is not None:
             console.print(Text(f"{one['name']}: {one['note']}", style="dim"))

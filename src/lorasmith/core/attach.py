@@ -28,8 +28,8 @@ from lorasmith.core.adapter import (
 )
 from lorasmith.core.config import AdapterConfig
 from lorasmith.core.fusing import fused_name, fused_plan, refuse_shared, unfuse
-from lorasmith.core.layers import LayerInfo
-from lorasmith.core.lowrank import Siblings
+from lorasmith.core.layers import LayerInfo, device_of
+from lorasmith.core.lowrank import Siblings, no_autocast
 from lorasmith.core.mixing import Choice, Plan, describe, names_in, plan_of, without
 from lorasmith.core.originals import Originals, Source
 from lorasmith.core.registry import variant_of
@@ -114,7 +114,8 @@ def attach(
         while bases:
             base = bases.pop(0)
             statistics.pop(base.info.name, None)  # let go, one layer after another
-            new = variant.new_tensors(base, config)
+            with no_autocast(device_of(base.module)):
+                new = variant.new_tensors(base, config)
             parts[base.info.name] = LayerAdapter(variant, config, base.info, new, shared)
         copies = {n: trainable_copy(m) for n, m in find_modules(root, config.modules_to_save)}
     return put(root, name, config, parts, copies, trainable=True)
@@ -131,8 +132,9 @@ def refuse_unreadable(variant: Variant, config: AdapterConfig, infos: Iterable[L
             f"{len(opaque)} of its layers are quantised.",
             expected="layers with a floating-point weight",
             got=f"e.g. {opaque[0].name}",
-            fix="pass dequantize=True (one layer at a time), or choose a variant or "
-            "initialisation that does not read W, such as LoRA with init='kaiming'",
+            fix="pass dequantize=True, or --dequantize on the command line (one layer at a time), "
+            "or choose a variant or initialisation that does not read W, such as LoRA with "
+            "init='kaiming'",
             key="dequantize",
         )
 
@@ -453,7 +455,7 @@ class _Use:
         if state is None:
             return
         left = without(self._previous, set(names_in(self._previous)) - set(state.configs))
-        if self._previous is None or names_in(left):  # else all of it has been detached
+        if names_in(left) or not names_in(self._previous):  # else all of it has been detached
             activate(self._root, state, left)
 
 
@@ -475,7 +477,8 @@ def use(model: nn.Module, choice: Choice) -> _Use:
     Any adapters go together, of whatever variant. What does not act gets no gradient. Factors
     that act by row or in a mix are kept stacked, a copy beside the adapters' own tensors,
     while nothing trains; a change of the tensors is noticed at the next call. Only what is
-    written through ``.data`` on a device other than the CPU goes unseen: call ``use`` again.
+    written through ``.data`` may go unseen (on CPU, where a few values of each tensor are
+    compared, if these stay as they were): call ``use`` again.
 
     Args:
         model: The model.

@@ -43,6 +43,7 @@ from lorasmith.core import quantized
 from lorasmith.core.adapter import state_of
 from lorasmith.core.hooks import _input_of
 from lorasmith.core.layers import LayerInfo, device_of
+from lorasmith.core.lowrank import no_autocast
 from lorasmith.core.state import AdapterSlot
 from lorasmith.errors import AttachError, ConfigError
 
@@ -123,8 +124,8 @@ def collect(
 
     Raises:
         ConfigError: If a statistic is not known, or there is no batch.
-        AttachError: If a layer was not reached by any batch, a value is not finite, or
-            the output has no loss and gradients are wanted.
+        AttachError: If a layer was not reached by any batch or, where gradients are wanted,
+            by any gradient; a value is not finite; or the output has no loss.
     """
     names = sorted(wanted)
     makers = {name: _parse(name) for name in names}
@@ -444,6 +445,7 @@ class _Watch:
         self.sums: dict[str, dict[str, _Sum]] = {}
         self.calls: dict[str, int] = {}
         self.leaves: list[Tensor] = []
+        self.reached: set[str] = set()  # layers that a gradient has come to
 
     def install(self, module: nn.Module, info: LayerInfo) -> None:
         """Puts the hooks on one layer."""
@@ -465,6 +467,7 @@ class _Watch:
 
         def after(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             x = _input_of(args, kwargs, slot).detach()
+            version = x._version
             sums = self.sums.get(info.name)
             if sums is None:
                 device = device_of(module)
@@ -472,7 +475,17 @@ class _Watch:
                 self.sums[info.name] = sums
 
             def arrived(g: Tensor) -> None:
-                with torch.no_grad():
+                if x._version != version:
+                    raise AttachError(
+                        f"What {info.name} was fed has been overwritten since, so that the "
+                        "gradient of its weight cannot be known.",
+                        expected="a model that could be trained as a whole",
+                        got="an operation in place on the layer's input",
+                        fix="compute out of place there, or exclude the layer",
+                        key=info.name,
+                    )
+                self.reached.add(info.name)
+                with torch.no_grad(), no_autocast(x):
                     flat = g.reshape(-1, info.d_out), x.reshape(-1, info.d_in)
                     for each in sums.values():
                         each.add_gradient(*flat)
@@ -532,7 +545,7 @@ class _Watch:
         else:
             rows = _counted(x.detach(), self.mask)
             if len(rows):
-                with torch.no_grad():
+                with torch.no_grad(), no_autocast(rows):
                     for each in source.sums.values():
                         each.add(rows)
             source.rows += len(rows)
@@ -550,6 +563,14 @@ class _Watch:
                     expected="data that passes through every layer to adapt",
                     got=f"{batches} batches",
                     fix="give more or other batches, or exclude the layer",
+                    key=info.name,
+                )
+            if self.gradients and info.name not in self.reached:
+                raise AttachError(
+                    f"The loss does not depend on {info.name}, so its gradient is not known.",
+                    expected="a loss that is computed from what every layer to adapt gives",
+                    got=f"{batches} batches without a gradient",
+                    fix="give another calibration_loss, or exclude the layer",
                     key=info.name,
                 )
         found: dict[str, dict[str, Any]] = {}
@@ -626,6 +647,15 @@ def _to_device(batch: Any, device: torch.device) -> Any:
 
 
 def _call(root: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, str | bytes):
+        raise ConfigError(
+            "A calibration batch is a text, which no model takes.",
+            expected="what the model is called with, e.g. dict(tokenizer(text, "
+            'return_tensors="pt"))',
+            got=repr(batch[:60]),
+            fix="tokenise the texts first; `lorasmith train --calibration DATA` does it itself",
+            key="calibration",
+        )
     if isinstance(batch, Mapping):
         return root(**batch)
     if isinstance(batch, list | tuple):

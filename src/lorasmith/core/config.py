@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias, cast
 
-from lorasmith.core.patterns import check_regex, first_matching_key
+from lorasmith.core.patterns import check_regex, value_for
 from lorasmith.errors import ConfigError
 
-__all__ = ["AdapterConfig", "LowRankConfig", "Targets"]
+__all__ = [
+    "AdapterConfig",
+    "LowRankConfig",
+    "Targets",
+    "check_count",
+    "check_factor",
+    "check_number",
+    "check_probability",
+    "checked_pattern",
+    "is_number",
+]
 
 Targets: TypeAlias = str | Sequence[str]
 
@@ -129,17 +139,65 @@ class AdapterConfig:
         return cls(**{k: v for k, v in values.items() if k != "variant"})
 
 
-def _positive_int(value: object, key: str) -> None:
+def check_count(value: object, key: str, what: str = "rank") -> None:
+    """Raises a ``ConfigError`` unless ``value`` is an integer of at least 1."""
     if type(value) is not int or value < 1:
         raise ConfigError(
-            f"{key} is not a usable rank.",
+            f"{key} is not a usable {what}.",
             expected="an integer of at least 1",
             got=repr(value),
             key=key,
         )
 
 
-def _pattern(value: object, key: str) -> None:
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a finite int or float."""
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return known and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def check_number(value: object, key: str) -> None:
+    """Raises a ``ConfigError`` unless ``value`` is a finite number."""
+    if not is_number(value):
+        raise ConfigError(f"{key} is not a finite number.", got=repr(value), key=key)
+
+
+def check_factor(value: object, key: str) -> None:
+    """Raises a ``ConfigError`` unless ``value`` is a finite number other than 0."""
+    if not is_number(value) or value == 0:
+        raise ConfigError(
+            f"{key} is not a usable factor: at 0 the adapter would do nothing and learn nothing.",
+            expected="a finite number other than 0",
+            got=repr(value),
+            key=key,
+        )
+
+
+def check_probability(value: object, key: str) -> None:
+    """Raises a ``ConfigError`` unless 0 <= ``value`` < 1."""
+    if not is_number(value) or not 0.0 <= value < 1.0:  # type: ignore[operator]
+        raise ConfigError(
+            f"{key} is not a probability below 1.",
+            expected=f"0 <= {key} < 1",
+            got=repr(value),
+            key=key,
+        )
+
+
+def checked_pattern(
+    value: object, key: str, check: Callable[[object, str], None]
+) -> dict[str, Any]:
+    """A copy of a mapping from module names to values.
+
+    Args:
+        value: What the user gave.
+        key: Name of the field.
+        check: Called with each value and what to call it.
+
+    Raises:
+        ConfigError: If it is no such mapping, a name is no valid regular expression, or
+            ``check`` refuses a value.
+    """
     if not isinstance(value, Mapping) or not all(isinstance(k, str) and k for k in value):
         raise ConfigError(
             f"{key} is not a mapping of names.",
@@ -147,13 +205,10 @@ def _pattern(value: object, key: str) -> None:
             got=repr(value),
             key=key,
         )
-    for pattern in value:
+    for pattern, item in value.items():
         check_regex(pattern, key=key)
-
-
-def _finite_number(value: object, key: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{key} is not a finite number.", got=repr(value), key=key)
+        check(item, f"{key}[{pattern!r}]")
+    return dict(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,23 +239,9 @@ class LowRankConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive_int(self.r, "r")
-        _finite_number(self.alpha, "alpha")
-        if self.alpha == 0:
-            raise ConfigError(
-                "alpha is 0, so that the adapter would do nothing and learn nothing.",
-                expected="a positive number",
-                got=self.alpha,
-                key="alpha",
-            )
-        _finite_number(self.dropout, "dropout")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(
-                "dropout is not a probability below 1.",
-                expected="0 <= dropout < 1",
-                got=self.dropout,
-                key="dropout",
-            )
+        check_count(self.r, "r")
+        check_factor(self.alpha, "alpha")
+        check_probability(self.dropout, "dropout")
         if self.scaling not in SCALINGS:
             raise ConfigError(
                 "scaling is not a known rule.",
@@ -211,24 +252,18 @@ class LowRankConfig(AdapterConfig):
         init: object = self.init
         if not isinstance(init, str):
             raise ConfigError("init is not a name.", got=repr(init), key="init")
-        for name in ("rank_pattern", "alpha_pattern"):
-            _pattern(getattr(self, name), name)
-        for key, rank in self.rank_pattern.items():
-            _positive_int(rank, f"rank_pattern[{key!r}]")
-        for key, alpha in self.alpha_pattern.items():
-            _finite_number(alpha, f"alpha_pattern[{key!r}]")
-        self._set("rank_pattern", dict(self.rank_pattern))
-        self._set("alpha_pattern", dict(self.alpha_pattern))
+        self._set("rank_pattern", checked_pattern(self.rank_pattern, "rank_pattern", check_count))
+        self._set(
+            "alpha_pattern", checked_pattern(self.alpha_pattern, "alpha_pattern", check_number)
+        )
 
     def rank_of(self, module_name: str) -> int:
         """Rank for the layer of that name."""
-        key = first_matching_key(self.rank_pattern, module_name)
-        return self.r if key is None else self.rank_pattern[key]
+        return value_for(self.rank_pattern, module_name, self.r)
 
     def alpha_of(self, module_name: str) -> float:
         """Alpha for the layer of that name."""
-        key = first_matching_key(self.alpha_pattern, module_name)
-        return self.alpha if key is None else self.alpha_pattern[key]
+        return value_for(self.alpha_pattern, module_name, self.alpha)
 
     def scaling_of(self, module_name: str) -> float:
         """The factor on B A for the layer of that name."""

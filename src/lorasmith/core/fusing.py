@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorasmith.core.adapter import activate, get_adapter, state_of, unwrap
 from lorasmith.core.layers import (
+    device_of,
     keep_weight,
     put_weight_back,
     read_bias,
@@ -25,6 +26,7 @@ from lorasmith.core.layers import (
     write_bias,
     write_weight,
 )
+from lorasmith.core.lowrank import no_autocast
 from lorasmith.core.mixing import Blend, Mix, Plan, Rows, describe, names_in, plan_of
 from lorasmith.core.quantized import describe_kind, pointers
 from lorasmith.core.state import AdapterSlot, LayerAdapter, slots
@@ -149,7 +151,8 @@ def fuse(
                     originals["bias"] = bias.clone()
                 slot.originals = originals
                 done.append((module, slot))
-                records.append(_fuse_layer(module_name, module, slot, part))
+                with no_autocast(device_of(module)):
+                    records.append(_fuse_layer(module_name, module, slot, part))
     except BaseException:
         for module, slot in done:
             _write_back(module, slot)
@@ -204,7 +207,7 @@ def _plan(root: nn.Module, name: str | Mapping[str, float] | None) -> str | Mix:
     plan: Plan
     if name is None and state is not None and isinstance(state.active, Mix | Rows):
         plan = state.active
-    elif isinstance(name, Mapping):
+    elif name is not None and not isinstance(name, str):
         plan = plan_of(name)
     else:
         plan = get_adapter(root, name).name

@@ -26,6 +26,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,7 @@ __all__ = [
     "down",
     "dropout_mask",
     "fast",
+    "no_autocast",
     "plain",
     "up",
 ]
@@ -56,6 +58,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             return torch.get_autocast_dtype(kind)
     return x.dtype
+
+
+def no_autocast(where: Tensor | torch.device) -> AbstractContextManager[Any]:
+    """A context in which operations on that device keep the dtypes they are given."""
+    kind = (where.device if isinstance(where, Tensor) else where).type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def dropout_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
@@ -246,7 +256,9 @@ def add_product(y: Tensor, h: Tensor, b: Tensor, s: float, owned: bool) -> Tenso
         out = y.detach()
         out.view(-1, b.shape[0]).addmm_(h, b.T, alpha=s)
         return out
-    return torch.addmm(y.reshape(-1, b.shape[0]), h, b.T, alpha=s).view(y.shape)
+    # Autocast would give the sum of a float32 output (of a quantised layer) its own dtype.
+    with no_autocast(y):
+        return torch.addmm(y.reshape(-1, b.shape[0]), h, b.T, alpha=s).view(y.shape)
 
 
 class Siblings:

@@ -654,7 +654,8 @@ def _add_products(x: Tensor, y: Tensor, stack: _Stack, owned: bool) -> Tensor:
             return _added(whole, change, rows, owned)
         A, B = A.index_select(0, stack.index), B.index_select(0, stack.index)
     h = torch.bmm(x, A)
-    if rows is None and y.dtype == B.dtype:
+    # Autocast would give the sum of a float32 output its own dtype.
+    if rows is None and y.dtype == B.dtype == h.dtype:
         return y.baddbmm_(h, B) if owned else torch.baddbmm(y, h, B)
     return _added(whole, torch.bmm(h, B), rows, owned)
 

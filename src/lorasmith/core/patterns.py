@@ -8,13 +8,16 @@ package can.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import regex
 
 from lorasmith.errors import ConfigError
 
-__all__ = ["check_regex", "first_matching_key", "matches_name", "matches_regex"]
+__all__ = ["check_regex", "first_matching_key", "matches_name", "matches_regex", "value_for"]
+
+T = TypeVar("T")
 
 #: Seconds that one match of one name may take. A sane pattern needs microseconds.
 TIME_LIMIT = 0.5
@@ -64,3 +67,9 @@ def first_matching_key(keys: Iterable[str], name: str) -> str | None:
         if matches_regex(rf"(.*\.)?({key})", name, key=key):
             return key
     return None
+
+
+def value_for(pattern: Mapping[str, T], name: str, default: T) -> T:
+    """What ``pattern`` says of the module of that name, by :func:`first_matching_key`."""
+    key = first_matching_key(pattern, name)
+    return default if key is None else pattern[key]

@@ -728,6 +728,7 @@ def prepare(root: nn.Module) -> None:
     if _PREPARED in root.__dict__:
         return
     flags: dict[str, bool] = {}
+    root.__dict__[_PREPARED] = flags  # first, so that ``release`` undoes half of it, too
     for name, module, kind in _quantised(root):
         if kind.name == "bnb-4bit":
             layer: Any = module
@@ -740,8 +741,8 @@ def prepare(root: nn.Module) -> None:
                 layer.weight.data, state = _unpacked(layer.weight.data, state)
                 layer.weight.quant_state = layer.quant_state = state
     marked = _mark(root)
-    if flags or marked:
-        root.__dict__[_PREPARED] = flags
+    if not (flags or marked):
+        del root.__dict__[_PREPARED]
 
 
 def release(root: nn.Module) -> None:

@@ -15,7 +15,6 @@ needed, the same formula runs as plain operations. Second derivatives are exact.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from lorasmith.core import lowrank
 
-__all__ = ["Product", "add", "no_autocast"]
+__all__ = ["Product", "add"]
 
 #: (x, *tensors) → (h [..., q], B [k, q]), where h has as many rows as y has parts of width k.
 Product: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
@@ -86,7 +85,7 @@ class _Add(torch.autograd.Function):
 
 def _run(product: Product, *inputs: Tensor) -> tuple[Tensor, Tensor]:
     # It chooses its dtypes itself, and must choose the same when autocast is over.
-    with no_autocast(inputs[0]):
+    with lowrank.no_autocast(inputs[0]):
         return product(*inputs)
 
 
@@ -133,11 +132,3 @@ def add(
         return out
     h, b = _run(product, x, *tensors)
     return _sum(y, h, b, gain, s, owned=False)
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """A context in which operations keep the dtypes they are given."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()

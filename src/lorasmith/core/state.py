@@ -66,6 +66,21 @@ class SharedTensors(nn.Module):
         super().__init__()
         for name, value in tensors.items():
             self.register_buffer(name, _master(value))
+        #: Scratch for :meth:`cast`; never saved or copied.
+        self._casts: dict[Any, tuple[Tensor, tuple[int, int], Tensor]] = {}
+
+    def cast(self, tensor: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """One of them on a device and in a dtype, kept until it changes."""
+        value = self[tensor]
+        if value.is_inference() or (value.device, value.dtype) == (device, dtype):
+            return value.to(device, dtype)
+        key, stamp = (tensor, device, dtype), (value.data_ptr(), value._version)
+        kept = self._casts.get(key)
+        if kept is None or kept[0] is not value or kept[1] != stamp:
+            # Tensors made in inference mode could not be used where x has a gradient.
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._casts[key] = value, stamp, value.to(device, dtype)
+        return kept[2]
 
     def __getitem__(self, tensor: str) -> Tensor:
         value = self._buffers[tensor]
@@ -75,7 +90,11 @@ class SharedTensors(nn.Module):
     def __contains__(self, tensor: object) -> bool:
         return tensor in self._buffers
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_casts": {}}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SharedTensors:
+        self._casts.clear()
         super()._apply(_keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 

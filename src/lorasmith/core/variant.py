@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorasmith.core.config import AdapterConfig
 from lorasmith.core.layers import LayerInfo, read_weight, weight_version
+from lorasmith.core.lowrank import no_autocast
 from lorasmith.errors import FuseError
 
 __all__ = [
@@ -158,7 +159,8 @@ class Factors:
     def delta(self, dtype: torch.dtype | None = None) -> Tensor:
         """ΔW [d_out, d_in], computed in ``dtype`` (default: that of A)."""
         a, b = (t.detach().to(dtype or self.A.dtype) for t in self.stacked())
-        return torch.mm(b * self.scaling, a)
+        with no_autocast(a):
+            return torch.mm(b * self.scaling, a)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ Source: Wang, Yu, Li 2024, "LoRA-GA: Low-Rank Adaptation with Gradient Approxima
     ArB2r       1 … r           r + 1 … 2r
     A2rBr       r + 1 … 2r      1 … r
     ArBr        2, 4, 6, …      1, 3, 5, …
-    random      r of 1 … 2r     the same
+    random      r of 1 … 2r     the others
 
     scale       c
     stable      d_out^¼ / √γ
@@ -20,11 +20,12 @@ Source: Wang, Yu, Li 2024, "LoRA-GA: Low-Rank Adaptation with Gradient Approxima
 
 Identity at t = 0: B = B0 and A = A0, and what acts is W + s (B A − B0 A0).
 
-Deviations. From the paper: none in the formula (``ArB2r`` and ``stable`` with γ = 16 are its
-choice); the SVD is exact up to 1024 features and a subspace iteration beyond. From PEFT
+Deviations. From the paper: none in the formula (``ArB2r`` and ``stable`` with γ = 16 are what
+its code takes); the SVD is exact up to 1024 features and a subspace iteration beyond. From PEFT
 0.21.2, which multiplies B0, and B0 alone, with c and with the singular values of G (some
 1e-4, so that B0 all but vanishes): the paper and its code have no S, and c on both factors.
-W stays as it is (PEFT writes the residual), so it may be quantised, except with
+PEFT's ``random`` takes I = J; the authors' code and ours take no direction of G twice. W
+stays as it is (PEFT writes the residual), so it may be quantised, except with
 ``weight_svd``.
 
 Needs calibration data with a loss. Not possible where 2r exceeds min(d_in, d_out).
@@ -132,8 +133,8 @@ class LoRAGA(Initialisation):
             return second, first
         if self.direction == "ArBr":
             return 2 * first + 1, 2 * first
-        chosen = torch.randperm(2 * rank)[:rank]
-        return chosen, chosen
+        order = torch.randperm(2 * rank)
+        return order[:rank], order[rank:]
 
     def _factor(self, weight: Weight, shape: Shape, rank: int, scaling: float) -> float:
         """c."""

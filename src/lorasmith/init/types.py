@@ -193,11 +193,12 @@ def check_rank(init: str, rank: int, limit: int, what: str) -> None:
         what: What there are too few of: ``"r singular vectors of W"``.
     """
     if rank > limit:
+        more = "give more calibration data, " if "calibration" in what else ""
         raise ConfigError(
             f"init={init!r} needs {what}, and there are fewer.",
             expected=f"r <= {limit}",
             got=rank,
-            fix="lower r, exclude the layer, or give it a rank of its own in rank_pattern",
+            fix=f"{more}lower r, exclude the layer, or give it a rank of its own in rank_pattern",
             key="r",
         )
 

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from lorasmith.core.adapter import Adapter, unwrap
 from lorasmith.core.fusing import fused_name
 from lorasmith.core.layers import LayerInfo, describe, read_bias, read_weight
+from lorasmith.core.patterns import first_matching_key
 from lorasmith.core.variant import Factors, LayerState, Variant
 from lorasmith.errors import AdapterFileError, ConfigError, FuseError
 from lorasmith.io import peft
@@ -198,6 +199,13 @@ def convert(
         for name, spectrum, change in _changes(source, config, energy):
             rank = config.rank_of(name) if energy is None else spectrum.rank_for(energy, most)
             scaling = replace(config, r=rank, rank_pattern={}).scaling_of(name)
+            if scaling == 0:
+                raise ConfigError(
+                    f"With an alpha of 0 a LoRA does nothing on {name}.",
+                    expected="another alpha",
+                    got=config.alpha_of(name),
+                    key="alpha_pattern",
+                )
             tensors[name] = spectrum.factors(rank, scaling)
             records.append(change.record(name, spectrum, rank, scaling, tensors[name]))
     config = _config(config, source.weights, {n: t["A"].shape[0] for n, t in tensors.items()})
@@ -588,7 +596,10 @@ def _config(to: LoRAConfig, source: AdapterWeights, ranks: Mapping[str, int]) ->
     ordered = Counter(ranks.values()).most_common()
     r = max(rank for rank, count in ordered if count == ordered[0][1])
     # The first pattern that matches wins, so that longer names stand in front.
-    single = sorted((n for n in ranks if ranks[n] != r), key=lambda n: (-len(n), n))
+    single = {n: ranks[n] for n in ranks if ranks[n] != r}
+    # A name also matches as the end of a longer one, which then needs its own.
+    rest = [n for n in ranks if n not in single]
+    single |= {n: r for n in rest if first_matching_key(single, n) is not None}
     return replace(
         to,
         targets=tuple(ranks),
@@ -597,7 +608,7 @@ def _config(to: LoRAConfig, source: AdapterWeights, ranks: Mapping[str, int]) ->
         modules_to_save=source.config.modules_to_save,
         init="kaiming",  # how it would start anew
         r=r,
-        rank_pattern={n: ranks[n] for n in single},
+        rank_pattern={n: ranks[n] for n in sorted(single, key=lambda n: (-len(n), n))},
     )
 
 

@@ -590,6 +590,8 @@ class AdapterWeights:
             # Tensors that share memory are no copy of each other to safetensors.
             save_file(_unshared(values), weights, metadata={"format": "pt"})
         config.write_text(_json(self.peft), encoding="utf-8")
+        # safetensors makes files that only their owner can read, whatever the umask.
+        shutil.copymode(config, weights)
         record = {
             "format": FORMAT,
             "version": __version__,

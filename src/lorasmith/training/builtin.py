@@ -170,7 +170,10 @@ def _maker(name: str) -> tuple[_Write, _Values, str]:
         if code is not None:
             return _number_writer(code), _draw_integers, f"numbers-{code}"
     names = builtin_names()
-    near = difflib.get_close_matches(name.replace("_", "-"), names, n=5, cutoff=0.6)
+    meant = [f"{k}-{variety}" for k in difflib.get_close_matches(kind, ("dates", "numbers"), n=1)]
+    near = [one for one in meant if one in names] or difflib.get_close_matches(
+        name.replace("_", "-"), names, n=5, cutoff=0.6
+    )
     raise UnknownNameError(
         f"There is no built-in data set {name!r}.",
         expected="one of " + ", ".join(near or ("dates-en", "dates-de", "numbers-en", "…")),

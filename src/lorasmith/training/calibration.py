@@ -63,7 +63,8 @@ def calibration_batches(
             config.calibration, split=config.calibration_split, limit=count, seed=config.seed
         )
         chosen = tokenise(read, tokenizer, max_length=config.max_length)
-        logger.info("The adapter is calibrated on %d rows.", len(chosen))
+        rows_said = "1 row" if len(chosen) == 1 else f"{len(chosen):,} rows"
+        logger.info("The adapter is calibrated on %s.", rows_said)
     collate = PaddingCollator(int(tokenizer.pad_token_id or 0))
     # Rows of like length together: less padding, and the statistics do not depend on order.
     order = sorted(range(len(chosen)), key=lambda i: -int(chosen[i]["length"]))

@@ -25,6 +25,7 @@ The tokens before a supervised span are always exactly those that generation sta
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import itertools
@@ -167,6 +168,19 @@ def _datasets() -> Any:
     return datasets
 
 
+@contextlib.contextmanager
+def _no_bars(datasets: Any) -> Iterator[None]:
+    """Keeps off the terminal the progress of reading a local file."""
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
 def _read_file(path: Path, cache: str | None) -> Dataset:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
@@ -185,9 +199,10 @@ def _read_file(path: Path, cache: str | None) -> Dataset:
         _check_json(path)
     datasets = _datasets()
     try:
-        rows: Dataset = datasets.load_dataset(
-            reader, data_files=str(path), split="train", cache_dir=cache, **options
-        )
+        with _no_bars(datasets):
+            rows: Dataset = datasets.load_dataset(
+                reader, data_files=str(path), split="train", cache_dir=cache, **options
+            )
     except Exception as error:  # datasets raises many types, most of them its own
         if "corresponds to no data" in str(error):
             raise _no_rows(path) from error

@@ -62,7 +62,7 @@ from lorasmith.training.evaluate import (
     length_batches,
 )
 from lorasmith.training.loss import model_loss, model_loss_output
-from lorasmith.training.models import load_model, quiet, resolve_device
+from lorasmith.training.models import load_model, quiet, resolve_device, resolve_model
 
 try:
     import transformers
@@ -316,12 +316,18 @@ def _train(
     with quiet(), contextlib.ExitStack() as failed, contextlib.ExitStack() as stack:
         rows, eval_rows = _rows(config, tokenizer)
         before.check_rows(rows)
+        if variant_of(adapter_config).weight_use(adapter_config) == "start":
+            logger.info(
+                "The adapter starts from the base's weights: they are read layer by layer, "
+                "which may take a while."
+            )
         transformers.set_seed(config.seed)
         adapter = ls.attach(
             model,
             adapter_config,
             calibration=calibration_batches(config, adapter_config, tokenizer, rows),
             dequantize=config.dequantize,
+            originals=_originals(config, adapter_config) if loaded else None,
         )
         if not loaded:
             # On failure a model that belongs to the caller must be as it was.
@@ -336,6 +342,23 @@ def _train(
         result = trainer.run(checkpoint)
         failed.pop_all()
     return result
+
+
+def _originals(config: TrainConfig, adapter: AdapterConfig) -> Any:
+    """The weights before ``--quantize``, for an adapter that corrects what it has lost."""
+    if config.quantize is None or not variant_of(adapter).corrects(adapter):
+        return None
+    resolved = resolve_model(config.model, revision=config.revision)
+    if any(Path(resolved.path).glob("model*.safetensors*")):
+        return resolved.path  # read one tensor at a time
+    model, _ = load_model(
+        config.model,
+        dtype=config.dtype,
+        device="cpu",
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return model
 
 
 def _detach_quietly(model: nn.Module, name: str) -> None:
