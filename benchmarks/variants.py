@@ -686,6 +686,7 @@ def figure(found: Mapping[str, Sequence[Outcome]], path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     from lorasmith.web.figures import GRID, INK, MUTED, SERIES
 
@@ -711,8 +712,12 @@ def figure(found: Mapping[str, Sequence[Outcome]], path: Path) -> None:
                     fontsize=7,
                     color=INK,
                 )
-            axes.set_xscale("log")
+            if key == "parameters":
+                axes.set_xscale("log")
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_formatter(ScalarFormatter())
+            axes.tick_params(which="both", labelsize=8, labelcolor=MUTED)
             axes.set_xlabel(
                 "trainable parameters" if key == "parameters" else "perplexity on other text",
                 color=MUTED,
