@@ -79,6 +79,27 @@ def test_every_variant_has_a_reference() -> None:
     assert families - here == set(_ELSEWHERE)
 
 
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (ls.LoRAConfig(r=32), 28 * 32 * (1024 + 2048 + 1024 + 1024)),
+        (ls.LoRAConfig(r=32, init="pissa"), 4_587_520),
+        (ls.DoRAConfig(r=32), 4_587_520 + 28 * (2048 + 1024)),
+        (ls.IA3Config(), 28 * (2048 + 1024)),
+        (ls.IA3FFConfig(), 28 * (1024 + 1024)),
+    ],
+    ids=["lora", "pissa", "dora", "ia3", "ia3_ff"],
+)
+def test_parameters_of_qwen3(config: Any, count: int) -> None:
+    """28 layers of width 1024, q_proj to 2048 and v_proj to 1024, without their weights."""
+    with torch.device("meta"):
+        layers = [
+            nn.ModuleDict({"q_proj": nn.Linear(1024, 2048), "v_proj": nn.Linear(1024, 1024)})
+            for _ in range(28)
+        ]
+    assert ls.attach(nn.ModuleList(layers), config).num_parameters() == count
+
+
 @pytest.mark.parametrize("kind", ["linear", "linear without bias", "conv1d"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("input_grad", [True, False], ids=["x needs grad", "x needs none"])
