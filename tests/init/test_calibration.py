@@ -367,3 +367,15 @@ def test_on_the_meta_device_nothing_is_run() -> None:
     got = collect(model, infos_of(model), Never(), names)
     assert got["0"]["covariance"].shape == (6, 6)
     assert got["2"]["gradient"].shape == (5, 8)
+
+
+def test_attaching_tells_how_far_it_is() -> None:
+    model, told = mlp(), []
+    batches = [torch.randn(4, 6) for _ in range(3)]
+    ls.attach(
+        model,
+        ls.LoRAConfig(r=2, init="eva"),
+        calibration=batches,
+        progress=lambda *step: told.append(step),
+    )
+    assert told == [("calibrating", i, 3) for i in (1, 2, 3)] + [("starting", i, 2) for i in (1, 2)]

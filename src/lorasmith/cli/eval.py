@@ -52,8 +52,8 @@ def evaluate(
         Show so many of the completions.
     """
     with session(common):
-        from lorasmith.cli.progress import bar
         from lorasmith.training.evaluate import evaluate as measure
+        from lorasmith.training.progress import bar
 
         rows = load_eval_rows(data, split, limit)
         base, tokenizer = base_model.load(model)

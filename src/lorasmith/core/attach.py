@@ -7,7 +7,8 @@ can fail is computed before the model is touched, and what touches it can be und
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -60,6 +61,7 @@ def attach(
     calibration_loss: Callable[[Any], Tensor] | None = None,
     originals: Source | None = None,
     dequantize: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Adapter:
     """Attaches a new adapter to a model and makes it the active one.
 
@@ -83,6 +85,8 @@ def attach(
             tensors. Read one layer at a time; allows to dequantise, as ``dequantize`` does.
         dequantize: Whether variants that must read W may dequantise a quantised layer for
             it, one layer at a time.
+        progress: Called with ("calibrating", batches done, batches in all; 0 if they cannot
+            be counted) and ("starting", layers done, layers in all).
 
     Returns:
         A handle to the adapter.
@@ -101,7 +105,7 @@ def attach(
     if not dequantize and originals is None:
         refuse_unreadable(variant, config, infos)
     quantized.refuse_gradless(root)
-    statistics = _calibrate(root, variant, config, infos, calibration, calibration_loss)
+    statistics = _calibrate(root, variant, config, infos, calibration, calibration_loss, progress)
     for layer, original in originally.items():
         statistics.setdefault(layer, {})["original"] = original
     parts = {}
@@ -117,6 +121,8 @@ def attach(
             with no_autocast(device_of(base.module)):
                 new = variant.new_tensors(base, config)
             parts[base.info.name] = LayerAdapter(variant, config, base.info, new, shared)
+            if progress is not None:
+                progress("starting", len(parts), len(chosen))
         copies = {n: trainable_copy(m) for n, m in find_modules(root, config.modules_to_save)}
     return put(root, name, config, parts, copies, trainable=True)
 
@@ -175,6 +181,7 @@ def _calibrate(
     infos: Sequence[LayerInfo],
     batches: Iterable[Any] | None,
     loss: Callable[[Any], Tensor] | None,
+    progress: Callable[[str, int, int], None] | None,
 ) -> dict[str, dict[str, Any]]:
     """Layer → statistic → value, as far as the variant needs any."""
     wanted = variant.statistics(config)
@@ -195,7 +202,13 @@ def _calibrate(
         )
     from lorasmith.core.calibration import collect
 
-    return collect(root, infos, batches, wanted, loss=loss)
+    count = len(batches) if isinstance(batches, Sized) else 0
+    tell = None if progress is None else partial(_tell, progress, count)
+    return collect(root, infos, batches, wanted, loss=loss, progress=tell)
+
+
+def _tell(progress: Callable[[str, int, int], None], count: int, done: int) -> None:
+    progress("calibrating", done, count)
 
 
 def check_free(root: nn.Module, name: str) -> None:

@@ -38,6 +38,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from lorasmith.core.optim import check_lora_plus, param_groups
@@ -63,6 +64,7 @@ from lorasmith.training.evaluate import (
 )
 from lorasmith.training.loss import model_loss, model_loss_output
 from lorasmith.training.models import load_model, quiet, resolve_device, resolve_model
+from lorasmith.training.progress import bar
 
 try:
     import transformers
@@ -322,13 +324,16 @@ def _train(
                 "which may take a while."
             )
         transformers.set_seed(config.seed)
-        adapter = ls.attach(
-            model,
-            adapter_config,
-            calibration=calibration_batches(config, adapter_config, tokenizer, rows),
-            dequantize=config.dequantize,
-            originals=_originals(config, adapter_config) if loaded else None,
-        )
+        batches = calibration_batches(config, adapter_config, tokenizer, rows)
+        with bar(Console(stderr=True), shown=progress) as advance:
+            adapter = ls.attach(
+                model,
+                adapter_config,
+                calibration=batches,
+                dequantize=config.dequantize,
+                originals=_originals(config, adapter_config) if loaded else None,
+                progress=advance,
+            )
         if not loaded:
             # On failure a model that belongs to the caller must be as it was.
             failed.callback(_detach_quietly, model, adapter.name)
@@ -1236,8 +1241,6 @@ class _Bar(TrainerCallback):
     LINES = 10
 
     def __init__(self) -> None:
-        from rich.console import Console
-
         self.console = Console(stderr=True, highlight=False)
         self.bar: Any = None
         self.task: Any = None

@@ -1,4 +1,4 @@
-"""Progress bars for commands that work through rows."""
+"""Progress bars for work that goes through rows, batches or layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["bar"]
 def bar(
     console: Console, *, shown: bool = True
 ) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar for each phase; gives what ``evaluate`` calls with (phase, done, total).
+    """A bar for each phase; gives what is called with (phase, done, total).
 
     Gives None where nothing is to be shown, as on a console that is not a terminal.
     """
@@ -28,7 +28,7 @@ def bar(
 
         def advance(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
-                tasks[phase] = progress.add_task(phase, total=total)
+                tasks[phase] = progress.add_task(phase, total=total or None)
             progress.update(progress.task_ids[list(tasks).index(phase)], completed=done)
 
         yield advance
