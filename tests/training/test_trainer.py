@@ -511,7 +511,7 @@ def test_a_signal_writes_a_checkpoint_to_resume_from(
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == code, err
     result = json.loads(out)
     assert result["status"] == "interrupted"
@@ -545,7 +545,7 @@ def test_two_processes_make_the_run_of_one(run: Run) -> None:
         capture_output=True,
         text=True,
         env=_environment(),
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
