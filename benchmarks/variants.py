@@ -9,8 +9,9 @@ size, schedule and optimiser for all. Only the learning rate is a variant's own,
 each task among the three of its grid (``GRIDS``) by the loss on a validation split, with
 seed 0; then two more seeds. The test split is looked at once the rate is chosen.
 
-Every run is a process of its own and leaves one JSON file in ``--results``; what is there is
-not run again, so that the benchmark can be stopped and resumed at any time. A run's file is
+Every run is a process of its own and leaves one JSON file in ``--results`` (by default beside
+this script); what is there is not run again, so that the benchmark can be stopped and resumed
+at any time. A run's file is
 named after everything that could change its result.
 
 Step time and peak memory come from a phase of their own (``--phase cost``), in which each
@@ -680,13 +681,20 @@ def claims(task: str, found: Sequence[Outcome]) -> str:
     return text
 
 
-def figure(found: Mapping[str, Sequence[Outcome]], path: Path) -> None:
-    """Test loss against trainable parameters, and against what was forgotten, by task."""
+def figure(found: Mapping[str, Sequence[Outcome]], limits: Mapping[str, float], path: Path) -> None:
+    """Test loss against trainable parameters, and against what was forgotten, by task.
+
+    What did not get below ``limits[task]``, the base model's loss, is left out: it would
+    squeeze all others into a corner.
+    """
+    found = {
+        task: [o for o in outcomes if o.interval("test_loss").mean < limits[task]]
+        for task, outcomes in found.items()
+    }
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import ScalarFormatter
 
     from lorasmith.web.figures import GRID, INK, MUTED, SERIES
 
@@ -714,9 +722,6 @@ def figure(found: Mapping[str, Sequence[Outcome]], path: Path) -> None:
                 )
             if key == "parameters":
                 axes.set_xscale("log")
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(ScalarFormatter())
-            axes.yaxis.set_minor_formatter(ScalarFormatter())
             axes.tick_params(which="both", labelsize=8, labelcolor=MUTED)
             axes.set_xlabel(
                 "trainable parameters" if key == "parameters" else "perplexity on other text",
@@ -751,7 +756,8 @@ def report(options: argparse.Namespace, setting: Setting, results: Results, cost
         reasons = "\n".join(f"- {name}: {why}" for name, why in failed.items())
         parts += ["### Without a result", reasons]
     if options.figure and any(found.values()):
-        figure(found, options.figure)
+        bases = {t: results.get(Run(None, t, 0.0, 0, setting)) or {} for t in setting.tasks}
+        figure(found, {t: b.get("test_loss", math.inf) for t, b in bases.items()}, options.figure)
     return "\n\n".join(parts)
 
 
@@ -775,7 +781,7 @@ def main() -> None:
     parser.add_argument("--setting", choices=SETTINGS, default="cpu")
     parser.add_argument("--only", help="names of entries, separated by commas (no blanks)")
     parser.add_argument("--phase", choices=["all", "score", "cost", "report"], default="all")
-    parser.add_argument("--results", type=Path, default=Path("runs/variants"))
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "variants")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads a run")
     parser.add_argument("--cost-steps", type=int, default=8)
