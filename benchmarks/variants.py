@@ -781,7 +781,9 @@ def main() -> None:
     parser.add_argument("--setting", choices=SETTINGS, default="cpu")
     parser.add_argument("--only", help="names of entries, separated by commas (no blanks)")
     parser.add_argument("--phase", choices=["all", "score", "cost", "report"], default="all")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "variants")
+    parser.add_argument(
+        "--results", type=Path, default=Path(__file__).parent / "results" / "variants"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads a run")
     parser.add_argument("--cost-steps", type=int, default=8)
