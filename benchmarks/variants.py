@@ -7,7 +7,8 @@
 The same base model, targets (all linear layers), rows, order of rows, number of steps, batch
 size, schedule and optimiser for all. Only the learning rate is a variant's own, chosen for
 each task among the three of its grid (``GRIDS``) by the loss on a validation split, with
-seed 0; then two more seeds. The test split is looked at once the rate is chosen.
+seed 0, and up to ``WIDER`` rates beyond while the best one is the first or the last; then two
+more seeds. The test split decides nothing.
 
 Every run is a process of its own and leaves one JSON file in ``--results`` (by default beside
 this script); what is there is not run again, so that the benchmark can be stopped and resumed
@@ -35,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,10 @@ GRIDS = {
     "large factors": (1e-4, 4e-4, 1.6e-3),
     "gains": (4e-3, 1.6e-2, 6.4e-2),
 }
+#: Two neighbours of a grid are this factor apart.
+STEP = 4.0
+#: So many further rates may be tried beyond an end of a grid.
+WIDER = 2
 #: Entries whose runs are done together.
 GROUP = 4
 #: Student's t at 97.5 % for n − 1 degrees of freedom.
@@ -83,7 +88,7 @@ def _entries() -> list[Entry]:
         Entry("lora, lora_ga", {**lora, "init": "lora_ga"}, "large factors", extra=True),
         Entry("lora-fa", {**lora, "options": {"train_A": False}}, extra=True),
         Entry("dora", {"variant": "dora", **low_rank}),
-        Entry("delora", {"variant": "delora", "r": 16}),
+        Entry("delora", {"variant": "delora", "r": 16, "init": "subtract"}),
         Entry("hra", {"variant": "hra", "r": 32}),
         Entry("oft", {"variant": "oft", "options": {"block_size": 32}}),
         Entry("loha", {"variant": "loha", "r": 8, "alpha": 8.0}),
@@ -264,9 +269,8 @@ def _best_so_far(run: Run, results: Results) -> float | None:
     """The least validation loss among the other rates of a run that chooses the rate."""
     if run.entry is None or run.seed:
         return None
-    others = (replace(run, lr=lr) for lr in GRIDS[run.entry.grid] if lr != run.lr)
-    known = (results.get(other) for other in others)
-    return min((r["valid_loss"] for r in known if r and "valid_loss" in r), default=None)
+    others = tried(run.entry, run.task, run.setting, results)
+    return min((loss for lr, loss in others.items() if lr != run.lr), default=None)
 
 
 def _measure(run: Run, data: Path, best: float | None) -> dict[str, Any]:
@@ -397,15 +401,40 @@ def seed_runs(entry: Entry, setting: Setting, results: Results) -> Iterator[Run]
                 yield Run(entry, task, lr, seed, setting)
 
 
-def chosen_rate(entry: Entry, task: str, setting: Setting, results: Results) -> float | None:
-    """The rate of the grid with the least validation loss; ``None`` if no run came through."""
+def wider_runs(entry: Entry, setting: Setting, results: Results) -> Iterator[Run]:
+    """One rate further, by task, where the best one so far has no neighbour on one side."""
+    grid = GRIDS[entry.grid]
+    for task in setting.tasks:
+        lr = chosen_rate(entry, task, setting, results)
+        for beyond in () if lr is None else (lr / STEP, lr * STEP):
+            run = Run(entry, task, beyond, 0, setting)
+            if beyond in _rates(grid) and results.get(run) is None:
+                yield run
+
+
+def _rates(grid: Sequence[float]) -> list[float]:
+    """Every rate that may be tried, ascending."""
+    below = [grid[0] / STEP**n for n in range(WIDER, 0, -1)]
+    above = [grid[-1] * STEP**n for n in range(1, WIDER + 1)]
+    return [*below, *grid, *above]
+
+
+def tried(entry: Entry, task: str, setting: Setting, results: Results) -> dict[float, float]:
+    """Rate → validation loss with seed 0, ascending; what failed counts as infinite."""
     losses = {}
-    for lr in GRIDS[entry.grid]:
+    for lr in _rates(GRIDS[entry.grid]):
         result = results.get(Run(entry, task, lr, 0, setting))
-        loss = None if result is None or "failed" in result else result["valid_loss"]
-        if loss is not None and math.isfinite(loss):
-            losses[lr] = loss
-    return min(losses, key=lambda lr: losses[lr]) if losses else None
+        if result is not None:
+            loss = result.get("valid_loss", math.inf)
+            losses[lr] = loss if math.isfinite(loss) else math.inf
+    return losses
+
+
+def chosen_rate(entry: Entry, task: str, setting: Setting, results: Results) -> float | None:
+    """The rate with the least validation loss; ``None`` if no run came through."""
+    losses = tried(entry, task, setting, results)
+    lr = min(losses, key=lambda lr: losses[lr], default=None)
+    return None if lr is None or math.isinf(losses[lr]) else lr
 
 
 # Cost -----------------------------------------------------------------------------------
@@ -584,6 +613,8 @@ class Outcome:
     task: str
     lr: float
     runs: tuple[dict[str, Any], ...]
+    #: Whether no lower or no higher rate was tried.
+    edge: bool
 
     def interval(self, key: str) -> Interval:
         """Over the seeds."""
@@ -605,8 +636,8 @@ def outcomes(
         for task in setting.tasks:
             lr = chosen_rate(entry, task, setting, results)
             if lr is None:
-                tried = [results.get(Run(entry, task, lr, 0, setting)) for lr in GRIDS[entry.grid]]
-                why = next((r["failed"] for r in tried if r and "failed" in r), "not run")
+                first = [results.get(run) for run in search_runs(entry, setting)]
+                why = next((r["failed"] for r in first if r and "failed" in r), "not run")
                 failed[entry.name] = why
                 continue
             runs = [results.get(Run(entry, task, lr, s, setting)) for s in range(setting.seeds)]
@@ -614,7 +645,9 @@ def outcomes(
             if bad:
                 failed[entry.name] = "a seed is missing" if bad[0] is None else bad[0]["failed"]
                 continue
-            found[task].append(Outcome(entry, task, lr, tuple(r for r in runs if r)))
+            losses = list(tried(entry, task, setting, results))
+            edge = lr in (losses[0], losses[-1])
+            found[task].append(Outcome(entry, task, lr, tuple(r for r in runs if r), edge))
     for complete in found.values():
         complete.sort(key=lambda o: o.interval("test_loss").mean)
     return found, failed
@@ -632,8 +665,7 @@ def table(found: Sequence[Outcome], base: Mapping[str, Any], costs: Mapping[str,
     row += [f"{100 * base['accuracy']:.0f}"] if accuracy else []
     lines.append("| " + " | ".join([*row, "0", "", "", f"{base['perplexity']:.2f}", "0"]) + " |")
     for outcome in found:
-        grid = GRIDS[outcome.entry.grid]
-        edge = " (edge)" if outcome.lr in (grid[0], grid[-1]) else ""
+        edge = " (edge)" if outcome.edge else ""
         row = [outcome.entry.shown, f"{outcome.lr:g}{edge}"]
         row.append(outcome.interval("test_loss").show(3))
         if lora is None or outcome is lora:
@@ -809,6 +841,9 @@ def main() -> None:
         for first in range(0, len(options.entries), GROUP):
             group = options.entries[first : first + GROUP]
             perform([r for e in group for r in search_runs(e, setting)], results, options)
+            for _ in range(WIDER):
+                further = [r for e in group for r in wider_runs(e, setting, results)]
+                perform(further, results, options)
             perform([r for e in group for r in seed_runs(e, setting, results)], results, options)
     if options.phase in ("all", "cost"):
         measure_costs(options, setting, costs)
