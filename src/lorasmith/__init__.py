@@ -29,6 +29,9 @@ _EXPORTS = {
     "AntiPaSTORotConfig": "lorasmith.adapters",
     "DeLoRAConfig": "lorasmith.adapters",
     "DoRAConfig": "lorasmith.adapters",
+    "Dynamic": "lorasmith.dynamics.protocol",
+    "Dynamics": "lorasmith.dynamics.driver",
+    "DynamicsCallback": "lorasmith.dynamics.callback",
     "Factors": "lorasmith.core.variant",
     "FuseReport": "lorasmith.core.fusing",
     "HRAConfig": "lorasmith.adapters",
@@ -95,6 +98,9 @@ if TYPE_CHECKING:
     from lorasmith.core.registry import variants as variants
     from lorasmith.core.variant import Factors as Factors
     from lorasmith.core.variant import Variant as Variant
+    from lorasmith.dynamics.callback import DynamicsCallback as DynamicsCallback
+    from lorasmith.dynamics.driver import Dynamics as Dynamics
+    from lorasmith.dynamics.protocol import Dynamic as Dynamic
     from lorasmith.errors import LorasmithError as LorasmithError
     from lorasmith.io import AdapterWeights as AdapterWeights
     from lorasmith.io import factors as factors

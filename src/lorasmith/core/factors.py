@@ -1,4 +1,4 @@
-"""Low-rank factors of whatever a model carries: our adapters, or HF PEFT's."""
+"""Low-rank factors of whatever a model carries: our adapters, HF PEFT's, or plain parameters."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ def factors_of(model: nn.Module, name: str | None = None) -> dict[str, Factors]:
     """Module name → factors of one adapter; the tensors are the live ones.
 
     Args:
-        model: A model with adapters of ours, or a ``PeftModel`` with LoRA layers.
-        name: Which adapter; by default the active one.
+        model: A model with adapters of ours, a ``PeftModel`` with LoRA layers, or any module
+            that carries ``lora_A`` [r, d_in] and ``lora_B`` [d_out, r] as parameters or as
+            ``nn.Linear``, with ``scaling`` beside them if it is not 1.
+        name: Which adapter; by default the active one. Plain parameters have no names.
 
     Raises:
         UnknownNameError: If there is no such adapter or it has no low-rank layer; the
@@ -35,11 +37,12 @@ def factors_of(model: nn.Module, name: str | None = None) -> dict[str, Factors]:
                 base = BaseLayer(root.get_submodule(module_name), part.info)
                 found[module_name] = _with_base(factors, base)
     else:
-        found = _peft_factors(root, name)
+        found = _peft_factors(root, name) or ({} if name else _plain_factors(root))
     if not found:
         raise UnknownNameError(
             "No low-rank factors were found on the model.",
-            expected="adapters attached by lorasmith, or PEFT layers with lora_A and lora_B",
+            expected="adapters attached by lorasmith, PEFT layers with lora_A and lora_B, or "
+            "modules that carry such parameters",
             got=f"{type(root).__name__} with adapters {list(attached(root)) or 'none'}",
         )
     return found
@@ -76,3 +79,28 @@ def _peft_factors(root: nn.Module, name: str | None) -> dict[str, Factors]:
             base=None if info is None or layer is None else BaseLayer(layer, info),
         )
     return found
+
+
+def _plain_factors(root: nn.Module) -> dict[str, Factors]:
+    """Of modules with parameters ``lora_A`` and ``lora_B``, as in loralib and small scripts."""
+    found = {}
+    for module_name, module in root.named_modules():
+        A, B = (_plain(getattr(module, key, None)) for key in ("lora_A", "lora_B"))
+        if A is None or B is None or A.shape[0] != B.shape[1]:
+            continue
+        scaling = getattr(module, "scaling", 1.0)
+        weight = getattr(module, "weight", None)
+        fits = isinstance(weight, Tensor) and weight.shape == (B.shape[0], A.shape[1])
+        info = describe(module, module_name) if fits else None
+        found[module_name] = Factors(
+            A,
+            B,
+            float(scaling) if isinstance(scaling, int | float) else 1.0,
+            base=None if info is None else BaseLayer(module, info),
+        )
+    return found
+
+
+def _plain(value: object) -> Tensor | None:
+    weight = value.weight if isinstance(value, nn.Linear) else value
+    return weight if isinstance(weight, nn.Parameter) and weight.dim() == 2 else None

@@ -1,0 +1,21 @@
+"""Rules that act on an adapter while it is trained, in any loop.
+
+``protocol`` says what a rule is, ``driver`` makes rules act in any loop, ``callback`` in
+Transformers' Trainer, ``registry`` finds them by name; every other file is one rule.
+"""
+
+from __future__ import annotations
+
+from lorasmith.dynamics.driver import Context, Dynamics
+from lorasmith.dynamics.protocol import Dynamic, Site, Statistics, Step
+from lorasmith.dynamics.sites import find_sites
+
+__all__ = [
+    "Context",
+    "Dynamic",
+    "Dynamics",
+    "Site",
+    "Statistics",
+    "Step",
+    "find_sites",
+]

@@ -1,0 +1,644 @@
+"""One implementation that drives the rules, whatever the loop: hooks on optimiser and model.
+
+The optimiser's own step hooks are the one place that every loop passes exactly once an
+optimiser step: after accumulation, unscaling, clipping and the average over processes, and
+not at all in a step that ``GradScaler`` drops. So a plain loop, Transformers' Trainer, TRL
+and ours need nothing else.
+
+The rules' state travels inside the optimiser's ``state_dict`` (an extra entry of its first
+parameter group, which every ``torch.optim.Optimizer`` carries along), and so in the
+checkpoints of any loop that saves its optimiser. Parameters that a rule has added are taken
+out of it, since the loop that loads it does not know them yet; they come back with the
+rule's own state.
+
+What the model does is observed by a hook on its forward pass in training mode, or by calls
+of :meth:`Dynamics.observe` from loops that compute their loss elsewhere. Sums stay on the
+device; several processes add theirs up once a step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lorasmith.core.adapter import unwrap
+from lorasmith.dynamics.entropy import TokenStatistics, token_statistics
+from lorasmith.dynamics.protocol import Dynamic, Need, Site, Statistics, Step
+from lorasmith.dynamics.sites import active_adapter, find_sites
+from lorasmith.errors import ConfigError, TrainingError
+
+__all__ = ["STATE_KEY", "TASK_KEY", "Context", "Dynamics", "unwrap_optimizer"]
+
+#: Entry of the optimiser's first parameter group that carries the rules' state.
+STATE_KEY = "lorasmith_dynamics"
+#: Name under which a batch says to which task its rows belong.
+TASK_KEY = "task"
+
+_FORMAT = 1
+
+
+def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimiser inside Accelerate's and Trainer's wrappers: the one whose step acts."""
+    while type(optimizer).__module__.startswith(("accelerate.", "deepspeed.")):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            "Dynamics need an optimiser of PyTorch.",
+            expected="a torch.optim.Optimizer",
+            got=type(optimizer).__name__,
+        )
+    return optimizer
+
+
+class Context:
+    """What a rule gets to know when it is bound.
+
+    Attributes:
+        model: The model, without wrappers.
+        optimizer: The optimiser whose step is followed.
+        adapter: Name of the adapter that training began with; ``""`` where it has none.
+        sites: The low-rank layers in training.
+        tasks: Names of the tasks, if they were given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        adapter: str,
+        tasks: Sequence[str],
+        on_sites: Callable[[tuple[Site, ...]], None],
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.adapter = adapter
+        self.tasks = tuple(tasks)
+        self._on_sites = on_sites
+        self.sites = find_sites(model, adapter or None)
+        #: Parameters that rules have added, by the names that they gave them.
+        self.added: dict[str, nn.Parameter] = {}
+        #: Optimiser state of added parameters that has been loaded and not yet claimed.
+        self.stash: dict[str, dict[str, Any]] = {}
+
+    def find(self, adapter: str) -> tuple[Site, ...]:
+        """The sites of another adapter of the model."""
+        return find_sites(self.model, adapter)
+
+    def refresh(self, adapters: Sequence[str]) -> None:
+        """Watches the sites of these adapters from now on, and tells all rules."""
+        self.sites = tuple(itertools.chain.from_iterable(map(self.find, adapters)))
+        self._on_sites(self.sites)
+
+    def add_parameter(
+        self, name: str, parameter: nn.Parameter, like: nn.Parameter | None = None
+    ) -> None:
+        """Hands a new parameter to the optimiser, in the group of ``like``.
+
+        Groups keep their number, so that learning-rate schedulers go on as they were.
+
+        Args:
+            name: Its name in checkpoints.
+            parameter: It.
+            like: A parameter of the optimiser whose state it starts with a copy of (unless a
+                checkpoint has one of its own for it). Default: first group, no state.
+        """
+        if name in self.added:
+            raise ConfigError("That parameter has been added before.", got=name)
+        groups = self.optimizer.param_groups
+        group = next((g for g in groups if like is not None and _holds(g, like)), groups[0])
+        group["params"].append(parameter)
+        if "param_names" in group:
+            group["param_names"].append(name)
+        self.added[name] = parameter
+        state = self.stash.pop(name, None)
+        if state is None and like is not None:
+            state = self.optimizer.state.get(like)
+        if state:
+            self.optimizer.state[parameter] = {
+                key: value.clone() if isinstance(value, Tensor) else value
+                for key, value in state.items()
+            }
+
+    def remove_parameter(self, parameter: nn.Parameter) -> None:
+        """Takes a parameter that was added away from the optimiser, with its state."""
+        name = next(n for n, p in self.added.items() if p is parameter)
+        for group in self.optimizer.param_groups:
+            group["params"][:] = [p for p in group["params"] if p is not parameter]
+            if "param_names" in group:
+                group["param_names"][:] = [n for n in group["param_names"] if n != name]
+        self.optimizer.state.pop(parameter, None)
+        del self.added[name]
+
+
+def _holds(group: Mapping[str, Any], parameter: nn.Parameter) -> bool:
+    return any(p is parameter for p in group["params"])
+
+
+class _Sums:
+    """Sums over the batches of one optimiser step, on the device; nothing waits for it."""
+
+    def __init__(self) -> None:
+        #: Task, or ``None`` for rows without one → [loss, tokens, entropy, tokens with entropy].
+        self.by_task: dict[str | None, Tensor] = {}
+
+    def add(self, task: str | None, values: Sequence[Tensor]) -> None:
+        new = torch.stack([v.detach().to(torch.float32).reshape(()) for v in values])
+        known = self.by_task.get(task)
+        self.by_task[task] = new if known is None else known + new.to(known.device)
+
+    def statistics(self, tasks: Sequence[str], device: torch.device, entropy: bool) -> Statistics:
+        """The step's, over all processes; starts anew."""
+        sums, self.by_task = self.by_task, {}
+        if _distributed():
+            names: list[str | None] = [None, *tasks]
+            unknown = sorted(str(t) for t in sums.keys() - set(names))
+            if unknown:
+                raise TrainingError(
+                    f"The task {unknown[0]!r} was not declared.",
+                    expected=", ".join(tasks) or "tasks=…, which several processes need",
+                    got=", ".join(unknown),
+                )
+            table = torch.stack([sums.get(n, torch.zeros(4)).to(device) for n in names])
+            dist.all_reduce(table)
+            sums = dict(zip(names, table, strict=True))
+        if not sums:
+            return Statistics()
+        total = torch.stack(list(sums.values())).sum(dim=0)
+        loss, tokens, surprise, counted = total.unbind()
+        return Statistics(
+            tokens=tokens,
+            loss=loss / tokens.clamp(min=1),
+            entropy=surprise / counted.clamp(min=1) if entropy else None,
+            tasks={
+                task: (row[0] / row[1].clamp(min=1), row[1])
+                for task, row in sums.items()
+                if task is not None
+            },
+        )
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class Dynamics:
+    """Makes rules act in any training loop, from now until it is closed.
+
+        with ls.Dynamics(model, [ls.GaugeProjection(), ls.EntropyGovernor()], optimizer):
+            for batch in loader:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    Args:
+        model: A model with an adapter of ours, a ``PeftModel`` (LoRA, rsLoRA, DoRA), or one
+            with modules that carry ``lora_A`` and ``lora_B``; wrapped (DDP, compiled) or not.
+        rules: What is to act, in order.
+        optimizer: The optimiser that trains the adapter.
+        adapter: Its name; by default the active one.
+        tasks: Names of the tasks, where there are several; needed with several processes.
+        observe: ``"auto"``: loss and entropy are taken from the model's output in training
+            mode. ``"manual"``: the loop calls :meth:`observe`.
+
+    Attributes:
+        rules: The rules, in order.
+        context: What they act on.
+        steps: Optimiser steps done, those before a resume included.
+        resumed: Whether the optimiser came with the rules' state from a checkpoint.
+
+    Raises:
+        UnknownNameError: The model has no low-rank adapter; the message says what was looked
+            for.
+        ConfigError: A rule cannot work on it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rules: Dynamic | Iterable[Dynamic],
+        optimizer: torch.optim.Optimizer,
+        *,
+        adapter: str | None = None,
+        tasks: Sequence[str] = (),
+        observe: Literal["auto", "manual"] = "auto",
+    ) -> None:
+        self.rules = (rules,) if isinstance(rules, Dynamic) else tuple(rules)
+        _check_rules(self.rules)
+        if observe not in ("auto", "manual"):
+            raise ConfigError("Unknown observe.", expected="auto or manual", got=repr(observe))
+        self.steps = 0
+        self._inner = unwrap(model)
+        raw = unwrap_optimizer(optimizer)
+        self._sums = _Sums()
+        self._tasks: tuple[str, ...] | None = None  # of the batch under way
+        self._step: Step | None = None
+        self._rates: list[Any] = []
+        self._values: dict[str, float] = {}
+        self._handles: list[RemovableHandle] = []
+        self._device = next((p.device for p in self._inner.parameters()), torch.device("cpu"))
+        self._shift: bool | None = None
+        #: Added parameters that were taken out of the groups for a checkpoint to be loaded.
+        self._waiting: list[tuple[str, nn.Parameter]] = []
+        name = active_adapter(model, adapter)
+        self.context = Context(self._inner, raw, name, tasks, self._on_sites)
+        _check_owned(raw, self.context.sites)
+        bound: list[Dynamic] = []
+        try:
+            for rule in self.rules:
+                rule.bind(self.context)
+                bound.append(rule)
+            self._install(raw, auto=observe == "auto")
+            self.resumed = self._take_state()
+        except BaseException:
+            for handle in self._handles:
+                handle.remove()
+            for rule in bound:
+                rule.close()
+            raise
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser whose steps are followed."""
+        return self.context.optimizer
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What must be observed beyond the loss."""
+        return frozenset[Need]().union(*(rule.needs for rule in self.rules))
+
+    # -- hooks ---------------------------------------------------------------------------
+
+    def _install(self, optimizer: torch.optim.Optimizer, *, auto: bool) -> None:
+        keep = self._handles.append
+        keep(optimizer.register_step_pre_hook(self._before_step))
+        keep(optimizer.register_step_post_hook(self._after_step))
+        keep(optimizer.register_state_dict_post_hook(self._into_state_dict))
+        keep(optimizer.register_load_state_dict_pre_hook(self._before_load))
+        keep(optimizer.register_load_state_dict_post_hook(self._after_load))
+        module = self._inner
+        keep(module.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True))
+        if auto:
+            keep(self._inner.register_forward_hook(self._after_forward, with_kwargs=True))
+
+    def _before_forward(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if TASK_KEY not in kwargs:
+            return None
+        kwargs = dict(kwargs)
+        self.select(kwargs.pop(TASK_KEY))
+        return args, kwargs
+
+    def select(self, task: str | int | Sequence[Any] | Tensor | None) -> None:
+        """Says to which task the rows of the coming batch belong.
+
+        A batch with an entry ``"task"`` among the model's keyword arguments does this by
+        itself; the model never sees the entry.
+
+        Args:
+            task: One name for all rows, or one for each; numbers are indices into the
+                declared tasks, or names if none were declared.
+        """
+        if task is None:
+            self._tasks = None
+            return
+        values = task.tolist() if isinstance(task, Tensor) else task
+        values = [values] if isinstance(values, str | int) else list(values)
+        declared = self.context.tasks
+        names = []
+        for value in values:
+            index = isinstance(value, int) and bool(declared)
+            if index and not 0 <= value < len(declared):
+                raise ConfigError(
+                    "There is no task of that number.",
+                    expected=f"0 to {len(declared) - 1}",
+                    got=value,
+                )
+            names.append(declared[value] if index else str(value))
+        self._tasks = tuple(names)
+        for rule in self.rules:
+            rule.select(self._tasks)
+
+    def _after_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if not module.training or not torch.is_grad_enabled():
+            return
+        labels = kwargs.get("labels")
+        logits = getattr(output, "logits", None)
+        if isinstance(labels, Tensor) and isinstance(logits, Tensor) and logits.dim() >= 2:
+            if labels.is_floating_point():  # regression has no distribution
+                self._observe_loss(getattr(output, "loss", None), labels.shape[0])
+            elif logits.shape[:-1] == labels.shape:
+                self.observe(logits=logits, labels=labels)
+            return
+        loss = getattr(output, "loss", None)
+        if isinstance(loss, Tensor):
+            self._observe_loss(loss, int(labels.shape[0]) if isinstance(labels, Tensor) else 1)
+
+    def _observe_loss(self, loss: Tensor | None, rows: int) -> None:
+        if loss is not None:
+            self.observe(loss=loss, tokens=rows)
+
+    def observe(
+        self,
+        *,
+        logits: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift: bool | None = None,
+        loss: Tensor | None = None,
+        entropy: Tensor | None = None,
+        tokens: Tensor | int = 1,
+        task: str | int | Sequence[Any] | Tensor | None = None,
+    ) -> None:
+        """What the model did on one batch; for loops with ``observe="manual"``.
+
+        Args:
+            logits: [batch, T, vocab] or [batch, classes], with ``labels``: loss and entropy
+                are computed from them, over supervised positions.
+            labels: [batch, T] or [batch], -100 where nothing is supervised.
+            shift: Whether position t predicts label t + 1. Default: what the model's own
+                loss does.
+            loss: Without logits: mean loss of the batch in nats a token, 0-dimensional.
+            entropy: Without logits: mean entropy over the supervised positions in nats,
+                0-dimensional.
+            tokens: Without logits: over how many tokens (or rows) these means are.
+            task: Task of the batch or of each row; default: as :meth:`select` said.
+        """
+        if task is not None:
+            self.select(task)
+        names = self._tasks
+        with torch.no_grad():
+            if logits is not None and labels is not None:
+                found = token_statistics(
+                    logits.detach(),
+                    labels,
+                    shift=self._shifts() if shift is None else shift,
+                    entropy="entropy" in self.needs,
+                )
+                self._add(found, names)
+                return
+            if loss is None:
+                raise ConfigError("Nothing to observe.", expected="logits and labels, or a loss")
+            if names is not None and len(set(names)) > 1:
+                raise ConfigError(
+                    "One loss for rows of several tasks cannot be told apart.",
+                    expected="logits and labels, or batches of one task",
+                    got=", ".join(sorted(set(names))),
+                )
+            device = loss.device
+            count = torch.as_tensor(tokens, dtype=torch.float32, device=device)
+            none = torch.zeros((), device=device)
+            self._sums.add(
+                names[0] if names else None,
+                [
+                    loss.float() * count,
+                    count,
+                    none if entropy is None else entropy.to(device).float() * count,
+                    none if entropy is None else count,
+                ],
+            )
+
+    def _add(self, found: TokenStatistics, tasks: tuple[str, ...] | None) -> None:
+        rows = (1,) if found.loss.dim() > 1 else ()  # sum over positions, if there are any
+        count = found.supervised.to(torch.float32)
+        columns = [found.loss, count]
+        if found.entropy is None:
+            columns += [torch.zeros_like(count)] * 2
+        else:
+            columns += [found.entropy, count]
+        by_row = [c.sum(dim=rows) if rows else c for c in columns]
+        if tasks is None or len(set(tasks)) == 1:
+            self._sums.add(tasks[0] if tasks else None, [c.sum() for c in by_row])
+            return
+        if len(tasks) != len(by_row[0]):
+            raise ConfigError(
+                "The batch names another number of tasks than it has rows.",
+                expected=f"{len(by_row[0])} names",
+                got=len(tasks),
+            )
+        for task in dict.fromkeys(tasks):
+            mask = torch.tensor([t == task for t in tasks], device=count.device)
+            zero = torch.zeros((), device=count.device)
+            self._sums.add(task, [torch.where(mask, c, zero).sum() for c in by_row])
+
+    def _shifts(self) -> bool:
+        """Whether the model's own loss predicts label t + 1 from position t."""
+        if self._shift is None:
+            inner: Any = self._inner
+            if hasattr(inner, "get_base_model"):
+                inner = inner.get_base_model()
+            kind = getattr(inner, "loss_type", None) or type(inner).__name__
+            self._shift = "CausalLM" in str(kind) or str(kind).endswith("LMHeadModel")
+        return self._shift
+
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._share_added_gradients()
+        needs = self.needs
+        statistics = self._sums.statistics(
+            self.context.tasks, self._device, entropy="entropy" in needs
+        )
+        if "entropy" in needs and statistics.tokens is None:
+            raise TrainingError(
+                "A dynamic needs the entropy of the model's predictions, and none was observed.",
+                expected="a model called with labels that returns logits, or Dynamics.observe(…)",
+                got="no observation since the last optimiser step",
+                fix="give labels to the model, or call observe(logits=…, labels=…) in the loop",
+            )
+        step = Step(self.steps, statistics, optimizer, getattr(optimizer, "grad_scale", None))
+        self._step = step
+        for rule in self.rules:
+            rule.before_step(step)
+        self._rates = []
+        if step.learning_rate_factor != 1.0:
+            for group in optimizer.param_groups:
+                self._rates.append(group["lr"])
+                # A new object: a tensor rate is the scheduler's, which must not see this.
+                group["lr"] = group["lr"] * step.learning_rate_factor
+
+    def _after_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        step, self._step = self._step, None
+        if self._rates:
+            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate
+            self._rates = []
+        if step is None:
+            return
+        for rule in self.rules:
+            rule.after_step(step)
+        self.steps += 1
+
+    def _share_added_gradients(self) -> None:
+        """DDP knows only the parameters it was made with: averages the others' gradients."""
+        if not (_distributed() and self.context.added):
+            return
+        parameters = list(self.context.added.values())
+        used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
+        used = used.to(self._device)
+        dist.all_reduce(used)
+        world = dist.get_world_size()
+        for parameter, count in zip(parameters, used.tolist(), strict=True):
+            if count == 0:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad.div_(world)
+
+    # -- evaluation and log --------------------------------------------------------------
+
+    def on_evaluate(self, metrics: Mapping[str, float]) -> None:
+        """Tells the rules of an evaluation; ``"eval_loss"`` is the task's loss."""
+        for rule in self.rules:
+            rule.on_evaluate(metrics)
+
+    def metrics(self) -> dict[str, float]:
+        """``"<rule>/<number>"`` → value, of all rules; may wait for the device."""
+        return {
+            f"{rule.name}/{key}": float(value)
+            for rule in self.rules
+            for key, value in rule.metrics().items()
+        }
+
+    # -- state ---------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rules' state; it is also part of the optimiser's ``state_dict()``."""
+        return {
+            "format": _FORMAT,
+            "steps": self.steps,
+            "rules": {rule.name: rule.state_dict() for rule in self.rules},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes back to a state.
+
+        Raises:
+            TrainingError: If it is that of other rules.
+        """
+        mine, found = [r.name for r in self.rules], list(state.get("rules", {}))
+        if state.get("format") != _FORMAT or sorted(mine) != sorted(found):
+            raise TrainingError(
+                "The checkpoint is of a run with other dynamics.",
+                expected=", ".join(mine),
+                got=", ".join(found) or "none",
+                fix="resume with the same dynamics, or start anew",
+            )
+        self.steps = int(state["steps"])
+        for rule in self.rules:
+            rule.load_state_dict(state["rules"][rule.name])
+
+    def _into_state_dict(
+        self, optimizer: torch.optim.Optimizer, packed: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The optimiser's state with the rules', and without the parameters they added."""
+        mine = {id(p): name for name, p in self.context.added.items()}
+        groups, states, stash = [], {}, {}
+        renamed: dict[Any, int] = {}
+        names: dict[Any, str] = {}
+        for group, live in zip(packed["param_groups"], optimizer.param_groups, strict=True):
+            kept = []
+            for index, parameter in zip(group["params"], live["params"], strict=True):
+                if id(parameter) in mine:
+                    names[index] = mine[id(parameter)]
+                else:
+                    kept.append(renamed.setdefault(index, len(renamed)))
+            group = {**group, "params": kept}
+            if "param_names" in group:
+                group["param_names"] = [n for n in group["param_names"] if n not in mine.values()]
+            groups.append(group)
+        for index, value in packed["state"].items():
+            if index in names:
+                stash[names[index]] = dict(value)
+            else:
+                states[renamed.get(index, index)] = value
+        groups[0][STATE_KEY] = {"dynamics": self.state_dict(), "added": stash}
+        return {**packed, "state": states, "param_groups": groups}
+
+    def _before_load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Brings the groups back to the size that every checkpoint has."""
+        for name, parameter in list(self.context.added.items()):
+            self._waiting.append((name, parameter))
+            self.context.remove_parameter(parameter)
+
+    def _after_load(self, optimizer: torch.optim.Optimizer) -> None:
+        self._take_state()
+
+    def _take_state(self) -> bool:
+        """Takes the rules' state out of an optimiser that has loaded a checkpoint."""
+        waiting, self._waiting = self._waiting, []
+        carried = None
+        for group in self.optimizer.param_groups:
+            carried = group.pop(STATE_KEY, None) or carried
+        if carried is None:
+            for name, parameter in waiting:  # a checkpoint that knows nothing of dynamics
+                self.context.add_parameter(name, parameter)
+            return False
+        self.context.stash = dict(carried["added"])
+        self.load_state_dict(carried["dynamics"])
+        self.context.stash = {}
+        return True
+
+    # -- the end -------------------------------------------------------------------------
+
+    def _on_sites(self, sites: tuple[Site, ...]) -> None:
+        for rule in self.rules:
+            rule.on_sites(sites)
+
+    def close(self) -> None:
+        """Takes all hooks off and lets the rules clean up. The adapter stays as it is."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for rule in self.rules:
+            rule.close()
+
+    def __enter__(self) -> Dynamics:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _check_rules(rules: tuple[Dynamic, ...]) -> None:
+    if not rules:
+        raise ConfigError("There is no dynamic.", expected="at least one rule")
+    for rule in rules:
+        if not isinstance(rule, Dynamic):
+            raise ConfigError(
+                "That is not a dynamic.",
+                expected="an instance, such as lorasmith.GaugeProjection()",
+                got=repr(rule),
+            )
+    names = [rule.name for rule in rules]
+    double = sorted({n for n in names if names.count(n) > 1})
+    if double:
+        raise ConfigError("A dynamic is there twice.", got=", ".join(double))
+
+
+def _check_owned(optimizer: torch.optim.Optimizer, sites: Sequence[Site]) -> None:
+    """An optimiser that moves none of the factors belongs to something else."""
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(site.A) in known or id(site.B) in known for site in sites):
+        raise ConfigError(
+            "The optimiser trains none of the adapter's factors.",
+            expected="an optimiser made with the adapter's parameters",
+            got=f"{type(optimizer).__name__} with {len(known)} other parameters",
+            fix="make it with adapter.parameters(), after attaching",
+        )

@@ -1,0 +1,210 @@
+"""What a dynamic is: a rule that acts on an adapter while it is trained.
+
+A rule sees the training from a few fixed moments and never from inside a loop, so that the
+same rule works in a plain loop, in Transformers' Trainer and in ours:
+
+    bind           once: the model, its low-rank sites, the optimiser
+    select         before a forward pass: which task each row of the batch belongs to
+    before_step    gradients are complete (accumulated, unscaled, clipped, averaged over
+                   processes) and the optimiser is about to use them; a rule may add to them
+    after_step     the optimiser has moved the parameters; a rule may rewrite the factors
+    on_evaluate    an evaluation has been made
+    metrics        numbers for the log
+    state_dict     all that a resumed run needs to go on bit for bit
+
+What the model did in between reaches a rule as :class:`Statistics` of the whole optimiser
+step, over all its batches and processes. They are tensors on the model's device: a rule that
+calls ``float()`` on one in every step makes the device wait, and should not.
+
+Penalties are added to gradients, in closed form, once a step: the loss that is reported is
+the task's alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.core.layers import LayerInfo
+from lorasmith.core.variant import Factors
+
+if TYPE_CHECKING:
+    from lorasmith.dynamics.driver import Context
+
+__all__ = ["Dynamic", "Need", "Site", "Statistics", "Step"]
+
+#: What a rule may want to know of each step beyond the loss.
+Need = Literal["entropy", "tasks"]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One adapted layer whose factors are trained: ΔW = scaling · (B A − B0 A0).
+
+    Attributes:
+        adapter: Name of the adapter.
+        name: Name of the module.
+        factors: The live factors; ``A`` and ``B`` are parameters of the model.
+        magnitude: DoRA's magnitudes [d_out], live, or ``None``.
+    """
+
+    adapter: str
+    name: str
+    factors: Factors
+    magnitude: Tensor | None = None
+
+    @property
+    def key(self) -> str:
+        """Under which name a rule's state keeps what belongs here."""
+        return f"{self.adapter}/{self.name}"
+
+    @property
+    def A(self) -> nn.Parameter:  # noqa: N802 - the field's name
+        """[r, d_in]."""
+        return cast("nn.Parameter", self.factors.A)
+
+    @property
+    def B(self) -> nn.Parameter:  # noqa: N802
+        """[d_out, r]."""
+        return cast("nn.Parameter", self.factors.B)
+
+    @property
+    def scaling(self) -> float:
+        """The factor on B A."""
+        return self.factors.scaling
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.factors.rank
+
+    @property
+    def info(self) -> LayerInfo | None:
+        """The layer underneath, where there is one that lorasmith knows."""
+        return None if self.factors.base is None else self.factors.base.info
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the model did in one optimiser step, over all of its batches and processes.
+
+    Attributes:
+        tokens: Number of supervised tokens (rows, for a classifier), 0-dimensional.
+        loss: Mean cross-entropy a supervised token in nats, 0-dimensional; without any
+            penalty. ``None`` if nothing was observed.
+        entropy: Mean entropy of the model's distribution at supervised positions in nats,
+            0-dimensional; ``None`` unless some rule needs it.
+        tasks: Task → (mean loss, tokens), each 0-dimensional. A task that was not seen in the
+            step is missing, or has 0 tokens (with several processes).
+    """
+
+    tokens: Tensor | None = None
+    loss: Tensor | None = None
+    entropy: Tensor | None = None
+    tasks: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Step:
+    """One optimiser step, as the rules see it.
+
+    Attributes:
+        number: Optimiser steps done before this one, since training began (resumes included).
+        statistics: What the model did.
+        optimizer: The optimiser that steps.
+        skipped: Whether the parameters stay as they are in this step.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        statistics: Statistics,
+        optimizer: torch.optim.Optimizer,
+        gradient_scale: Tensor | None = None,
+    ) -> None:
+        self.number = number
+        self.statistics = statistics
+        self.optimizer = optimizer
+        self.skipped = False
+        self._gradient_scale = gradient_scale
+        #: Product of the factors asked for; the driver applies and takes back.
+        self.learning_rate_factor = 1.0
+
+    def add_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Adds to a parameter's gradient; does nothing if it has none in this step.
+
+        A parameter without a gradient took no part in the step: a penalty on it would move
+        what the user has frozen or not used.
+        """
+        if parameter.grad is None:
+            return
+        if self._gradient_scale is not None:  # a fused optimiser unscales by itself
+            gradient = gradient * self._gradient_scale
+        parameter.grad.add_(gradient.to(parameter.grad.dtype))
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Multiplies the learning rate of every parameter group, for this step alone."""
+        self.learning_rate_factor *= factor
+
+    def skip(self) -> None:
+        """Leaves all parameters and the optimiser's state as they are in this step."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        self.skipped = True
+
+
+class Dynamic:
+    """Base class of the rules: every moment does nothing until a rule says what.
+
+    One instance belongs to one training run.
+    """
+
+    #: Name in logs, in checkpoints and on the command line.
+    name: ClassVar[str]
+    #: What must be observed for it.
+    needs: frozenset[Need] = frozenset()
+
+    #: Set by :meth:`bind`.
+    context: Context
+
+    def bind(self, context: Context) -> None:
+        """Gets to know the model; called once, before the first step.
+
+        Raises:
+            LorasmithError: If the rule cannot work on what was found.
+        """
+        self.context = context
+        self.on_sites(context.sites)
+
+    def on_sites(self, sites: Sequence[Site]) -> None:
+        """The sites to act on: when bound, and again whenever adapters come or go."""
+
+    def select(self, tasks: Sequence[str]) -> None:
+        """The tasks of the rows of the batch that is about to be computed."""
+
+    def before_step(self, step: Step) -> None:
+        """May add to gradients, scale the learning rate, or skip the step."""
+
+    def after_step(self, step: Step) -> None:
+        """May rewrite the factors."""
+
+    def on_evaluate(self, metrics: Mapping[str, float]) -> None:
+        """An evaluation was made; ``"eval_loss"`` is the task's loss."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for the log; called when a log is written, and may wait for the device."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes: tensors, numbers, texts, ``None``, and lists and dicts of them."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes back to a state; called after :meth:`bind`."""
+
+    def close(self) -> None:
+        """Training is over; takes back what must not stay on the model."""

@@ -1,0 +1,513 @@
+"""The driver: rules see every step once, in any loop, and their state is in every checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorasmith as ls
+from lorasmith.dynamics import Dynamic, Site, Step, find_sites
+from lorasmith.errors import ConfigError, LorasmithError, TrainingError, UnknownNameError
+from tests.models import distilbert_classifier, gpt2, llama, mlp
+
+
+class Watch(Dynamic):
+    """Notes what it is told."""
+
+    name = "watch"
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.seen: list[Step] = []
+        self.rates: list[float] = []
+        self.after = 0
+        self.evaluations: list[Mapping[str, float]] = []
+        self.sites: Sequence[Site] = ()
+        self.selected: list[Sequence[str]] = []
+        self.counter = torch.zeros(2)
+        self.closed = False
+        self.needs = frozenset(options.get("needs", ()))
+
+    def on_sites(self, sites: Sequence[Site]) -> None:
+        self.sites = sites
+
+    def select(self, tasks: Sequence[str]) -> None:
+        self.selected.append(tasks)
+
+    def before_step(self, step: Step) -> None:
+        self.seen.append(step)
+        if "factor" in self.options:
+            step.scale_learning_rate(self.options["factor"])
+        if self.options.get("skip"):
+            step.skip()
+        if "gradient" in self.options:
+            for site in self.sites:
+                step.add_gradient(site.B, torch.full_like(site.B, self.options["gradient"]))
+
+    def after_step(self, step: Step) -> None:
+        self.after += 1
+        self.counter += 1.0
+
+    def on_evaluate(self, metrics: Mapping[str, float]) -> None:
+        self.evaluations.append(metrics)
+
+    def metrics(self) -> dict[str, float]:
+        return {"count": float(self.counter[0])}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counter": self.counter.clone(), "nested": {"list": [1, None, "x"]}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.counter = state["counter"].clone()
+        assert state["nested"] == {"list": [1, None, "x"]}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def _setup(lr: float = 0.1, **options: Any) -> tuple[nn.Module, Any, torch.optim.Optimizer, Watch]:
+    model = llama().train()
+    adapter = ls.attach(model, ls.LoRAConfig(r=2))
+    return model, adapter, torch.optim.SGD(adapter.parameters(), lr=lr), Watch(**options)
+
+
+def _batch(seed: int = 0, rows: int = 3) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 32, (rows, 7), generator=generator)
+    labels = ids.clone()
+    labels[:, :2] = -100
+    labels[0, 4:] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def _dense(logits: Tensor, labels: Tensor) -> tuple[float, float, int]:
+    """Mean loss, mean entropy and count over supervised tokens, in float64."""
+    z, y = logits[:, :-1].double().flatten(0, 1), labels[:, 1:].flatten()
+    log_p = z.log_softmax(-1)[y != -100]
+    loss = -log_p.gather(1, y[y != -100][:, None]).mean()
+    return float(loss), float(-(log_p.exp() * log_p).sum(-1).mean()), int((y != -100).sum())
+
+
+def test_a_step_sees_all_its_batches_and_no_evaluation() -> None:
+    model, _, optimizer, watch = _setup(needs=("entropy",))
+    with ls.Dynamics(model, watch, optimizer):
+        losses, entropies, counts = [], [], []
+        for seed in range(3):
+            batch = _batch(seed)
+            out = model(**batch)
+            out.loss.backward()
+            loss, entropy, count = _dense(out.logits.detach(), batch["labels"])
+            losses.append(loss * count)
+            entropies.append(entropy * count)
+            counts.append(count)
+        model.eval()
+        model(**_batch(9))
+        with torch.no_grad():
+            model.train()
+            model(**_batch(10))
+        optimizer.step()
+    statistics = watch.seen[0].statistics
+    assert statistics.tokens is not None
+    assert statistics.loss is not None
+    assert statistics.entropy is not None
+    assert int(statistics.tokens) == sum(counts)
+    assert float(statistics.loss) == pytest.approx(sum(losses) / sum(counts), rel=1e-6)
+    assert float(statistics.entropy) == pytest.approx(sum(entropies) / sum(counts), rel=1e-6)
+    assert watch.after == 1
+
+
+def test_each_step_starts_anew_and_is_numbered() -> None:
+    model, _, optimizer, watch = _setup()
+    with ls.Dynamics(model, watch, optimizer) as driver:
+        for seed in range(3):
+            model(**_batch(seed)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert driver.steps == 3
+    assert [s.number for s in watch.seen] == [0, 1, 2]
+    counts = [int(s.statistics.tokens) for s in watch.seen if s.statistics.tokens is not None]
+    assert counts == [12] * 3  # 3 rows: 2 to 4 of 5 supervised, less the first
+
+
+def test_hooks_are_gone_after_close() -> None:
+    model, _, optimizer, watch = _setup()
+    before = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    with ls.Dynamics(model, watch, optimizer):
+        pass
+    assert watch.closed
+    model(**_batch()).loss.backward()
+    optimizer.step()
+    assert not watch.seen
+    after = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    assert before == after
+    assert "lorasmith_dynamics" not in optimizer.state_dict()["param_groups"][0]
+
+
+def test_learning_rates_are_scaled_for_the_step_alone_and_group_by_group() -> None:
+    model, adapter, _, watch = _setup(factor=0.25)
+    parameters = list(adapter.parameters())
+    groups = [{"params": parameters[::2], "lr": 0.1}, {"params": parameters[1::2], "lr": 0.4}]
+    optimizer = torch.optim.SGD(groups)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.5**n)
+    old = [p.detach().clone() for p in parameters]
+    with ls.Dynamics(model, watch, optimizer):
+        for n in range(2):
+            model(**_batch(n)).loss.backward()
+            gradients = [p.grad.clone() for p in parameters if p.grad is not None]
+            optimizer.step()
+            for i, (p, o, g) in enumerate(zip(parameters, old, gradients, strict=True)):
+                rate = (0.1 if i % 2 == 0 else 0.4) * 0.5**n * 0.25
+                torch.testing.assert_close(p.detach(), o - rate * g)
+                old[i] = p.detach().clone()
+            rates = [g["lr"] for g in optimizer.param_groups]
+            assert rates == pytest.approx([0.1 * 0.5**n, 0.4 * 0.5**n])
+            scheduler.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_skipped_step_moves_nothing(kind: Any) -> None:
+    model, adapter, _, watch = _setup(skip=True)
+    optimizer = kind(adapter.parameters(), lr=0.1, weight_decay=0.1)
+    with ls.Dynamics(model, Watch(), optimizer):  # gather momentum first
+        model(**_batch()).loss.backward()
+        optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    before = {k: v.clone() for k, v in adapter.state_dict().items()}
+    with ls.Dynamics(model, watch, optimizer):
+        model(**_batch(1)).loss.backward()
+        optimizer.step()
+    assert watch.seen[0].skipped
+    assert all(torch.equal(v, adapter.state_dict()[k]) for k, v in before.items())
+    for key, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(state[key][name])), name
+
+
+def test_gradients_are_added_once_a_step_and_not_where_there_are_none() -> None:
+    model, _, optimizer, watch = _setup(gradient=3.0)
+    with ls.Dynamics(model, watch, optimizer):
+        first = watch.sites[0]
+        for seed in range(2):
+            model(**_batch(seed)).loss.backward()
+        expected = first.B.grad.clone() + 3.0  # type: ignore[union-attr]
+        watch.sites[1].B.grad = None
+        before = watch.sites[1].B.detach().clone()
+        optimizer.step()
+    torch.testing.assert_close(first.B.grad, expected)
+    assert torch.equal(watch.sites[1].B, before)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_grad_scaler_unscales_before_the_rules_and_skips_overflows(fused: bool) -> None:
+    def run(scaled: bool) -> tuple[list[Tensor], Watch]:
+        model, adapter, _, watch = _setup(gradient=0.5)
+        optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.01, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        with ls.Dynamics(model, watch, optimizer):
+            for seed in range(2):
+                scaler.scale(model(**_batch(seed)).loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+            if scaled and not fused:
+                steps = watch.after
+                scaler.scale(model(**_batch(7)).loss * math.inf).backward()
+                scaler.step(optimizer)
+                assert watch.after == steps
+        return [p.detach() for p in adapter.parameters()], watch
+
+    plain, scaled = run(False)[0], run(True)[0]
+    for a, b in zip(plain, scaled, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_tasks_of_rows_are_told_apart_and_never_reach_the_model() -> None:
+    model, _, optimizer, watch = _setup()
+    batch = _batch()
+    with ls.Dynamics(model, watch, optimizer, tasks=("dates", "numbers")):
+        out = model(**batch, task=torch.tensor([1, 0, 1]))
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model(**_batch(1), task="numbers").loss.backward()
+        optimizer.step()
+        with pytest.raises(ConfigError, match="no task of that number"):
+            model(**batch, task=[2, 0, 0])
+        with pytest.raises(ConfigError, match="another number of tasks"):
+            model(**batch, task=["dates", "numbers"])
+    assert watch.selected[:2] == [("numbers", "dates", "numbers"), ("numbers",)]
+    tasks = watch.seen[0].statistics.tasks
+    for name, rows in (("dates", [1]), ("numbers", [0, 2])):
+        loss, _, count = _dense(out.logits.detach()[rows], batch["labels"][rows])
+        assert float(tasks[name][0]) == pytest.approx(loss, rel=1e-5)
+        assert int(tasks[name][1]) == count
+    assert list(watch.seen[1].statistics.tasks) == ["numbers"]
+
+
+def test_a_classifier_is_observed_without_shift() -> None:
+    model = distilbert_classifier().train()
+    adapter = ls.attach(model, ls.LoRAConfig(r=2))
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    watch = Watch(needs=("entropy",))
+    with ls.Dynamics(model, watch, optimizer):
+        ids = torch.randint(0, 20, (4, 6), generator=torch.Generator().manual_seed(0))
+        out = model(input_ids=ids, labels=torch.tensor([0, 1, 1, 0]))
+        out.loss.backward()
+        optimizer.step()
+    statistics = watch.seen[0].statistics
+    assert statistics.loss is not None
+    assert statistics.entropy is not None
+    assert float(statistics.loss) == pytest.approx(out.loss.item(), rel=1e-5)
+    p = out.logits.detach().double().softmax(-1)
+    assert float(statistics.entropy) == pytest.approx(float(-(p * p.log()).sum(-1).mean()), 1e-5)
+
+
+def test_a_model_of_ones_own_is_observed_by_hand() -> None:
+    model = mlp().train()
+    adapter = ls.attach(model, ls.LoRAConfig(r=2, targets="all-linear"))
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    watch = Watch(needs=("entropy",))
+    with ls.Dynamics(model, watch, optimizer, observe="manual") as driver:
+        logits = model(torch.randn(4, 6))
+        labels = torch.tensor([0, 1, 2, 3])
+        nn.functional.cross_entropy(logits, labels).backward()
+        driver.observe(logits=logits, labels=labels, task="one")
+        driver.observe(loss=torch.tensor(2.0), entropy=torch.tensor(1.0), tokens=4, task="two")
+        optimizer.step()
+        with pytest.raises(ConfigError, match="several tasks"):
+            driver.observe(loss=torch.tensor(1.0), task=["a", "b"])
+        with pytest.raises(ConfigError, match="Nothing to observe"):
+            driver.observe()
+    own = float(nn.functional.cross_entropy(logits.detach(), labels))
+    statistics = watch.seen[0].statistics
+    assert statistics.loss is not None
+    assert float(statistics.loss) == pytest.approx((own + 2.0) / 2, rel=1e-6)
+
+
+def test_entropy_that_was_not_observed_is_an_error() -> None:
+    model, _, optimizer, watch = _setup(needs=("entropy",))
+    with ls.Dynamics(model, watch, optimizer):
+        batch = _batch()
+        logits = model(input_ids=batch["input_ids"]).logits
+        logits.sum().backward()
+        with pytest.raises(TrainingError, match="none was observed"):
+            optimizer.step()
+
+
+# -- state -------------------------------------------------------------------------------
+
+
+def test_the_state_travels_in_the_optimizer_s_checkpoint(tmp_path: Path) -> None:
+    model, adapter, optimizer, watch = _setup()
+    with ls.Dynamics(model, watch, optimizer):
+        for seed in range(2):
+            model(**_batch(seed)).loss.backward()
+            optimizer.step()
+        torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    saved = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+
+    before = torch.optim.SGD(adapter.parameters(), lr=1.0)  # loaded first, bound later
+    before.load_state_dict(saved)
+    late = Watch()
+    driver = ls.Dynamics(model, late, before)
+    assert driver.resumed
+    assert driver.steps == 2
+    assert late.counter.tolist() == [2.0, 2.0]
+    assert "lorasmith_dynamics" not in before.param_groups[0]
+    driver.close()
+
+    after = torch.optim.SGD(adapter.parameters(), lr=1.0)  # bound first, loaded later
+    early = Watch()
+    driver = ls.Dynamics(model, early, after)
+    assert not driver.resumed
+    after.load_state_dict(saved)
+    assert driver.steps == 2
+    assert early.counter.tolist() == [2.0, 2.0]
+    assert after.param_groups[0]["lr"] == 0.1
+
+
+def test_the_state_of_other_rules_is_refused() -> None:
+    model, _, optimizer, watch = _setup()
+
+    class Other(Watch):
+        name = "other"
+
+    with ls.Dynamics(model, watch, optimizer):
+        saved = optimizer.state_dict()
+    with ls.Dynamics(model, Other(), optimizer), pytest.raises(TrainingError, match="other dyn"):
+        optimizer.load_state_dict(saved)
+
+
+def test_added_parameters_train_and_survive_a_checkpoint(tmp_path: Path) -> None:
+    class Adds(Watch):
+        name = "adds"
+        extra: nn.Parameter
+
+        def bind(self, context: Any) -> None:
+            super().bind(context)
+
+        def before_step(self, step: Step) -> None:
+            if step.number == 1:
+                self.add()
+            if step.number >= 1:
+                self.extra.grad = torch.ones_like(self.extra)
+
+        def add(self) -> None:
+            like = self.sites[0].B
+            self.extra = nn.Parameter(like.detach().clone())
+            self.context.add_parameter("extra", self.extra, like)
+
+        def state_dict(self) -> dict[str, Any]:
+            extra = getattr(self, "extra", None)
+            return {"extra": None if extra is None else extra.detach().clone()}
+
+        def load_state_dict(self, state: Mapping[str, Any]) -> None:
+            if state["extra"] is not None:
+                self.add()
+                with torch.no_grad():
+                    self.extra.copy_(state["extra"])
+
+    def run(steps: range, model: nn.Module, optimizer: Any, rule: Adds) -> None:
+        for seed in steps:
+            model(**_batch(seed)).loss.backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+    model = llama().train()
+    adapter = ls.attach(model, ls.LoRAConfig(r=2))
+    parameters = list(adapter.parameters())
+    groups = [{"params": parameters[::2], "lr": 0.01}, {"params": parameters[1::2], "lr": 0.02}]
+    optimizer = torch.optim.AdamW([dict(g) for g in groups])
+    scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.9**n)
+    rule = Adds()
+    driver = ls.Dynamics(model, rule, optimizer)
+    run(range(3), model, optimizer, rule)
+    weights = {k: v.clone() for k, v in adapter.state_dict().items()}
+    torch.save([optimizer.state_dict(), scheduler.state_dict()], tmp_path / "state.pt")
+    run(range(3, 5), model, optimizer, rule)
+    assert not torch.equal(rule.extra, rule.sites[0].B)
+    expected = {**{k: v.clone() for k, v in adapter.state_dict().items()}, "": rule.extra.clone()}
+    driver.close()
+
+    saved, plan = torch.load(tmp_path / "state.pt", weights_only=True)
+    adapter.load_state_dict(weights)
+    # The loop that resumes does not know the added parameter when it loads.
+    fresh = torch.optim.AdamW([dict(g) for g in groups])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(fresh, lambda n: 0.9**n)
+    fresh.load_state_dict(saved)
+    scheduler.load_state_dict(plan)
+    again = Adds()
+    driver = ls.Dynamics(model, again, fresh)
+    assert driver.resumed
+    run(range(3, 5), model, fresh, again)
+    assert torch.equal(again.extra, expected.pop(""))
+    assert all(torch.equal(v, adapter.state_dict()[k]) for k, v in expected.items())
+    # Loading once more, with the parameter in place, works as well.
+    fresh.load_state_dict(saved)
+    assert sum(len(g["params"]) for g in fresh.param_groups) == len(parameters) + 1
+    driver.context.remove_parameter(again.extra)
+    assert sum(len(g["params"]) for g in fresh.param_groups) == len(parameters)
+    assert again.extra not in fresh.state
+
+
+# -- what is found -----------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_sites_of_ours_peft_and_plain_modules_are_the_live_parameters() -> None:
+    import peft
+
+    model = gpt2()
+    adapter = ls.attach(model, ls.DoRAConfig(r=2))
+    sites = find_sites(model)
+    assert {id(s.A) for s in sites} <= {id(p) for p in adapter.parameters()}
+    assert all(s.magnitude is not None and not s.factors.exact for s in sites)
+    assert len(sites) == len(adapter.targets)
+
+    base: Any = llama()
+    wrapped: Any = peft.get_peft_model(
+        base, peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], use_rslora=True)
+    )
+    sites = find_sites(wrapped)
+    assert len(sites) == 2
+    assert sites[0].adapter == "default"
+    assert sites[0].scaling == pytest.approx(6 / math.sqrt(3))
+    assert any(p is sites[0].A for p in wrapped.parameters())
+    assert find_sites(wrapped, "default")[0].key.startswith("default/")
+
+    class Small(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 5)
+            self.lora_A = nn.Parameter(torch.randn(2, 6))
+            self.lora_B = nn.Parameter(torch.randn(5, 2))
+            self.scaling = 0.5
+
+    plain = nn.Sequential(Small(), nn.ReLU())
+    (site,) = find_sites(plain)
+    assert site.A is plain[0].lora_A
+    assert site.scaling == 0.5
+    assert site.adapter == ""
+    assert site.factors.base is not None
+    torch.testing.assert_close(site.factors.base.weight, plain[0].weight.detach())
+
+
+def test_nothing_found_says_what_was_looked_for() -> None:
+    with pytest.raises(UnknownNameError, match="lora_A and lora_B"):
+        find_sites(mlp())
+    model = mlp()
+    ls.attach(model, ls.IA3Config(targets="all-linear", feedforward=()))
+    with pytest.raises(UnknownNameError, match="low-rank"):
+        find_sites(model)
+    model = mlp()
+    ls.attach(model, ls.LoRAConfig(r=2, targets="all-linear", train_A=False))
+    with pytest.raises(ConfigError, match="A not a parameter, B trained"):
+        find_sites(model)
+
+
+def test_misuse_is_told() -> None:
+    model, _, optimizer, watch = _setup()
+    elsewhere = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(ConfigError, match="trains none of the adapter's factors"):
+        ls.Dynamics(model, watch, elsewhere)
+    with pytest.raises(ConfigError, match="not a dynamic"):
+        ls.Dynamics(model, [Watch], optimizer)  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match="there twice"):
+        ls.Dynamics(model, [Watch(), Watch()], optimizer)
+    with pytest.raises(ConfigError, match="There is no dynamic"):
+        ls.Dynamics(model, [], optimizer)
+    with pytest.raises(ConfigError, match="optimiser of PyTorch"):
+        ls.Dynamics(model, watch, object())  # type: ignore[arg-type]
+
+
+def test_a_rule_that_fails_to_bind_leaves_nothing_behind() -> None:
+    model, _, optimizer, watch = _setup()
+
+    class Fails(Watch):
+        name = "fails"
+
+        def bind(self, context: Any) -> None:
+            raise ConfigError("no")
+
+    with pytest.raises(LorasmithError):
+        ls.Dynamics(model, [watch, Fails()], optimizer)
+    assert watch.closed
+    model(**_batch()).loss.backward()
+    optimizer.step()
+    assert not watch.seen
+
+
+def test_metrics_are_named_after_their_rule() -> None:
+    model, _, optimizer, watch = _setup()
+    with ls.Dynamics(model, watch, optimizer) as driver:
+        driver.on_evaluate({"eval_loss": 1.0})
+        assert driver.metrics() == {"watch/count": 0.0}
+    assert watch.evaluations == [{"eval_loss": 1.0}]
