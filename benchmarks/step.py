@@ -88,7 +88,7 @@ def pairs(r: int) -> dict[str, tuple[Any, Any]]:
             peft.IA3Config(**layers, feedforward_modules=["down_proj"]),
             ls.IA3Config(targets=LAYERS, feedforward=["down_proj"]),
         ),
-        "DeLoRA": (peft.DeloraConfig(r=r, **layers), ls.DeLoRAConfig(r=r)),
+        "DeLoRA": (peft.DeloraConfig(r=r, **layers), ls.DeLoRAConfig(r=r, init="zero")),
         "HRA": (peft.HRAConfig(r=r, **layers), ls.HRAConfig(r=r)),
         "OFT": (
             peft.OFTConfig(oft_block_size=32, r=0, **layers),

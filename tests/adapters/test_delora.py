@@ -132,6 +132,7 @@ def test_peft_gives_the_same(family: str, options: dict[str, Any], tmp_path: Pat
         targets=sorted(targets),
         lambda_init=options.get("delora_lambda", 15),
         dropout=options.get("module_dropout", 0.0),
+        init="zero",
         **{f: options[f] for f in fields},
     )
     fresh = ls.attach(copy.deepcopy(base), config)

@@ -15,13 +15,13 @@ Source: Bini et al. 2025, "Decoupling Angles and Strength in Low-rank Adaptation
 Each of the r parts has norm 1 however long A_k and B^k are (above ε), so that they learn
 directions and λ the strength: ‖B Ξ A‖ ≤ r, hence ‖ΔW‖ ≤ |λ| max(w), in Frobenius norms.
 
-Identity at t = 0: B = 0 (``init="zero"``, PEFT's default). The first steps away from zero
-give B its full strength at once; the paper found that start unstable at times. With
-``init="subtract"``, as in the paper (equation 9), A and B start at random and what acts is
+Identity at t = 0: A and B start at random and what acts is (``init="subtract"``, equation 9)
 
     (λ / r) (B Ξ A − B0 Ξ0 A0) (w ∘ x),   A0, B0 frozen, equal to A and B at t = 0,
 
 of norm up to 2 |λ| max(w): the bound is around the start of B Ξ A, not around W.
+With ``init="zero"``, PEFT's start, B = 0 and nothing is subtracted; but then the first step
+away from zero gives B its full strength at once.
 
 Deviation from the paper: λ multiplies the frozen part, too (there it keeps the value that λ
 started with), so that λ stays the strength of all that is learnt, λ = 0 is the base model,
@@ -85,8 +85,9 @@ class DeLoRAConfig(AdapterConfig):
         lambda_init: Where λ starts, in each layer (PEFT's ``delora_lambda``).
         dropout: Probability with which an element of the input of A is zeroed during
             training (PEFT's ``module_dropout``).
-        init: ``"zero"``: A Kaiming uniform, B = 0; ``"subtract"``: both Kaiming uniform, and
-            what their product does at the start is subtracted.
+        init: ``"subtract"``: A and B Kaiming uniform, and what their product does at the start
+            is subtracted, as in the paper. ``"zero"``: A Kaiming uniform, B = 0, as in PEFT;
+            it diverged at every learning rate of docs/variants.md.
         rank_pattern: Module name, its end, or a regular expression for its end → rank of
             the layers it matches.
         lambda_pattern: The same for λ.
@@ -100,7 +101,7 @@ class DeLoRAConfig(AdapterConfig):
     r: int = 8
     lambda_init: float = 15.0
     dropout: float = 0.0
-    init: str = "zero"
+    init: str = "subtract"
     rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
     lambda_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
 
@@ -283,6 +284,7 @@ class DeLoRA(Variant):
             r=fields.get("r", 8),
             lambda_init=fields.get("delora_lambda", 15),
             dropout=fields.get("module_dropout") or 0.0,
+            init="zero",
             rank_pattern=fields.get("rank_pattern") or {},
             lambda_pattern=fields.get("lambda_pattern") or {},
             **common,
