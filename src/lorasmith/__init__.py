@@ -32,8 +32,11 @@ _EXPORTS = {
     "Dynamic": "lorasmith.dynamics.protocol",
     "Dynamics": "lorasmith.dynamics.driver",
     "DynamicsCallback": "lorasmith.dynamics.callback",
+    "EntropyGovernor": "lorasmith.dynamics.entropy",
     "Factors": "lorasmith.core.variant",
     "FuseReport": "lorasmith.core.fusing",
+    "GaugeProjectedOptimizer": "lorasmith.dynamics.gauge",
+    "GaugeProjection": "lorasmith.dynamics.gauge",
     "HRAConfig": "lorasmith.adapters",
     "IA3Config": "lorasmith.adapters",
     "IA3FFConfig": "lorasmith.adapters",
@@ -44,7 +47,11 @@ _EXPORTS = {
     "OFTConfig": "lorasmith.adapters",
     "LoRAXSConfig": "lorasmith.adapters",
     "LorasmithError": "lorasmith.errors",
+    "OrthogonalityPenalty": "lorasmith.dynamics.orthogonality",
     "RoAdConfig": "lorasmith.adapters",
+    "RotationBudget": "lorasmith.dynamics.rotation_budget",
+    "RotationReport": "lorasmith.diagnostics.records",
+    "StressController": "lorasmith.dynamics.stress",
     "Variant": "lorasmith.core.variant",
     "VeRAConfig": "lorasmith.adapters",
     "attach": "lorasmith.core.attach",
@@ -52,12 +59,15 @@ _EXPORTS = {
     "config_from_dict": "lorasmith.core.registry",
     "convert": "lorasmith.io.convert",
     "detach": "lorasmith.core.attach",
+    "diagnose": "lorasmith.diagnostics.rotation",
     "factors": "lorasmith.io",
     "fuse": "lorasmith.core.fusing",
     "load": "lorasmith.io",
     "param_groups": "lorasmith.core.optim",
+    "project_gauge_": "lorasmith.dynamics.gauge",
     "read_adapter": "lorasmith.io",
     "register": "lorasmith.core.registry",
+    "register_dynamic": "lorasmith.dynamics.registry",
     "save": "lorasmith.io",
     "unfuse": "lorasmith.core.fusing",
     "use": "lorasmith.core.attach",
@@ -98,9 +108,19 @@ if TYPE_CHECKING:
     from lorasmith.core.registry import variants as variants
     from lorasmith.core.variant import Factors as Factors
     from lorasmith.core.variant import Variant as Variant
+    from lorasmith.diagnostics.records import RotationReport as RotationReport
+    from lorasmith.diagnostics.rotation import diagnose as diagnose
     from lorasmith.dynamics.callback import DynamicsCallback as DynamicsCallback
     from lorasmith.dynamics.driver import Dynamics as Dynamics
+    from lorasmith.dynamics.entropy import EntropyGovernor as EntropyGovernor
+    from lorasmith.dynamics.gauge import GaugeProjectedOptimizer as GaugeProjectedOptimizer
+    from lorasmith.dynamics.gauge import GaugeProjection as GaugeProjection
+    from lorasmith.dynamics.gauge import project_gauge_ as project_gauge_
+    from lorasmith.dynamics.orthogonality import OrthogonalityPenalty as OrthogonalityPenalty
     from lorasmith.dynamics.protocol import Dynamic as Dynamic
+    from lorasmith.dynamics.registry import register_dynamic as register_dynamic
+    from lorasmith.dynamics.rotation_budget import RotationBudget as RotationBudget
+    from lorasmith.dynamics.stress import StressController as StressController
     from lorasmith.errors import LorasmithError as LorasmithError
     from lorasmith.io import AdapterWeights as AdapterWeights
     from lorasmith.io import factors as factors

@@ -300,6 +300,12 @@ def test_entropy_that_was_not_observed_is_an_error() -> None:
         logits.sum().backward()
         with pytest.raises(TrainingError, match="none was observed"):
             optimizer.step()
+    model, _, optimizer, watch = _setup(needs=("entropy",))
+    with ls.Dynamics(model, watch, optimizer, observe="manual") as driver:
+        model(**_batch()).loss.backward()
+        driver.observe(loss=torch.tensor(1.0))
+        with pytest.raises(TrainingError, match="its loss alone"):
+            optimizer.step()
 
 
 # -- state -------------------------------------------------------------------------------

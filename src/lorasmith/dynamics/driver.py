@@ -238,6 +238,8 @@ class Dynamics:
         raw = unwrap_optimizer(optimizer)
         self._sums = _Sums()
         self._tasks: tuple[str, ...] | None = None  # of the batch under way
+        #: Whether a batch of the step came without logits and without an entropy.
+        self._blind = False
         self._step: Step | None = None
         self._rates: list[Any] = []
         self._values: dict[str, float] = {}
@@ -396,6 +398,7 @@ class Dynamics:
             device = loss.device
             count = torch.as_tensor(tokens, dtype=torch.float32, device=device)
             none = torch.zeros((), device=device)
+            self._blind = self._blind or entropy is None
             self._sums.add(
                 names[0] if names else None,
                 [
@@ -447,11 +450,14 @@ class Dynamics:
         statistics = self._sums.statistics(
             self.context.tasks, self._device, entropy="entropy" in needs
         )
-        if "entropy" in needs and statistics.tokens is None:
+        blind, self._blind = self._blind or statistics.tokens is None, False
+        if "entropy" in needs and blind:
             raise TrainingError(
                 "A dynamic needs the entropy of the model's predictions, and none was observed.",
                 expected="a model called with labels that returns logits, or Dynamics.observe(…)",
-                got="no observation since the last optimiser step",
+                got="no observation since the last optimiser step"
+                if statistics.tokens is None
+                else "a batch with its loss alone",
                 fix="give labels to the model, or call observe(logits=…, labels=…) in the loop",
             )
         step = Step(self.steps, statistics, optimizer, getattr(optimizer, "grad_scale", None))

@@ -133,6 +133,12 @@ class Step:
         #: Product of the factors asked for; the driver applies and takes back.
         self.learning_rate_factor = 1.0
 
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """A parameter's gradient in the loss's own scale; ``None`` if it has none."""
+        if parameter.grad is None or self._gradient_scale is None:
+            return parameter.grad
+        return parameter.grad / self._gradient_scale
+
     def add_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
         """Adds to a parameter's gradient; does nothing if it has none in this step.
 
