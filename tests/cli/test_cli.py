@@ -149,7 +149,9 @@ def test_a_failure_is_not_a_mistake(
     from lorasmith.training import trainer
 
     monkeypatch.setattr(
-        trainer, "model_loss", lambda *_, **__: (_ for _ in ()).throw(ZeroDivisionError("odd"))
+        trainer,
+        "model_loss_output",
+        lambda *_, **__: (_ for _ in ()).throw(ZeroDivisionError("odd")),
     )
     called = call("train", base, rows, "-o", tmp_path / "o", "--device", "cpu", "-q")
     assert called.code == 1

@@ -228,7 +228,7 @@ def test_a_run_that_fails_before_it_trains_leaves_nothing(
         (output / "something").write_text("x")
         raise ZeroDivisionError
 
-    monkeypatch.setattr(trainer, "model_loss", fail)
+    monkeypatch.setattr(trainer, "model_loss_output", fail)
     output.rmdir()
     assert call(*arguments)[0] == 1
     assert (output / "something").is_file()

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,7 @@ def test_after_a_failure_the_callers_model_is_as_it_was(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no power")
 
-    monkeypatch.setattr(trainer, "model_loss", fail)
+    monkeypatch.setattr(trainer, "model_loss_output", fail)
     with pytest.raises(RuntimeError, match="no power"):
         train(run.config(), model=model, tokenizer=tokenizer, progress=False)
     assert not ls.attached(model)
@@ -439,15 +440,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     run: Run, bad: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = run("good", steps=2, schedule="constant", warmup=0.0)
-    original = loss.model_loss
+    original = loss.model_loss_output
     calls = {"n": 0}
 
-    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def poisoned(*args: Any, **kwargs: Any) -> loss.LossOutput:
         calls["n"] += 1
-        value = original(*args, **kwargs)
-        return value * bad if calls["n"] == 3 else value
+        output = original(*args, **kwargs)
+        return replace(output, loss=output.loss * bad) if calls["n"] == 3 else output
 
-    monkeypatch.setattr(trainer, "model_loss", poisoned)
+    monkeypatch.setattr(trainer, "model_loss_output", poisoned)
     with pytest.raises(NonFiniteLossError, match="step 3") as caught:
         run("out", schedule="constant", warmup=0.0)
     last = run.folder / "out" / "last-finite"
@@ -461,7 +462,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 def test_a_gradient_that_is_not_finite_stops_the_run(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = loss.model_loss
+    original = loss.model_loss_output
 
     class Poison(torch.autograd.Function):
         @staticmethod
@@ -472,7 +473,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
         def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
             return g * float("nan")
 
-    monkeypatch.setattr(trainer, "model_loss", lambda *a, **k: Poison.apply(original(*a, **k)))
+    def poisoned(*args: Any, **kwargs: Any) -> loss.LossOutput:
+        output = original(*args, **kwargs)
+        return replace(output, loss=Poison.apply(output.loss))
+
+    monkeypatch.setattr(trainer, "model_loss_output", poisoned)
     with pytest.raises(NonFiniteLossError, match="gradient is not finite at step 1"):
         run()
 

@@ -25,13 +25,15 @@ def _version() -> str:
     return __version__
 
 
-def _read_config(app: App, commands: tuple[str, ...], arguments: Any) -> None:
+def _read_config(app: App, _: tuple[str, ...], arguments: Any) -> None:
     """Fills in what the command line left open from the file that ``--config`` names."""
     for argument in arguments:
         if "--config" in argument.names and argument.tokens:
             path = Path(argument.tokens[0].value).expanduser()
-            source = Dict(read_yaml(path), use_commands_as_keys=False, source=str(path))
-            source(app, commands, arguments)
+            # As the values of this command, reached already: else those that are called like
+            # another command ("dynamics") would be taken for that command's and left out.
+            source = Dict(read_yaml(path), use_commands_as_keys=True, source=str(path))
+            source(app, (), arguments)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -88,7 +90,34 @@ def read_yaml(path: Path) -> dict[str, Any]:
         for name, value in adapter.items():
             if isinstance(value, dict):
                 adapter[name] = json.dumps(value)
+    _tell_dynamics(values)
+    _join_sources(values)
     return values
+
+
+def _tell_dynamics(values: dict[str, Any]) -> None:
+    """A mapping of rules to their options, as names and options apart."""
+    import json
+
+    given = values.get("dynamics")
+    if isinstance(given, dict):
+        values["dynamics"] = list(given)
+        own = {name: options for name, options in given.items() if options}
+        both = {**own, **(values.get("dynamics_options") or {})}
+        if both:
+            values["dynamics_options"] = both
+    if isinstance(values.get("dynamics_options"), dict):
+        values["dynamics_options"] = json.dumps(values["dynamics_options"])
+
+
+def _join_sources(values: dict[str, Any]) -> None:
+    """Several sources of data, as a list or as task: source, in the form of one option."""
+    for name in ("data", "eval_data", "calibration"):
+        given = values.get(name)
+        if isinstance(given, dict):
+            given = [f"{task}={source}" for task, source in given.items()]
+        if isinstance(given, list):
+            values[name] = ",".join(str(source) for source in given)
 
 
 #: Command → its function and what the list of commands says of it.
@@ -109,6 +138,10 @@ COMMANDS = {
     "variants": (
         "lorasmith.cli.variants:variants",
         "List the adapter families: formula, parameters on a model, and what each can do.",
+    ),
+    "dynamics": (
+        "lorasmith.cli.dynamics:dynamics",
+        "List the rules that can act during training, and their options.",
     ),
     "convert": (
         "lorasmith.cli.convert:convert",

@@ -18,7 +18,7 @@ from lorasmith.cli.output import Common, CommonOptions, emit, number, session, s
 from lorasmith.training.config import AdapterOptions, TrainConfig
 
 if TYPE_CHECKING:
-    from lorasmith.training.evaluate import EvalReport, Example
+    from lorasmith.training.evaluate import EvalReport, Example, TaskReport
     from lorasmith.training.trainer import TrainResult
 
 __all__ = ["demo"]
@@ -185,7 +185,7 @@ class _Found:
         console.print(f"report   {self.report}")
 
 
-def share(report: EvalReport) -> str:
+def share(report: EvalReport | TaskReport) -> str:
     """Exact match as a percentage."""
     return "–" if report.exact_match is None else f"{report.exact_match:.0%}"
 
@@ -297,6 +297,20 @@ def write_demo_report(found: _Found, path: Path) -> None:
         tuple((e.step, e.loss, e.perplexity) for e in result.evaluations),
         caption=f"On {result.evaluations[-1].tokens:,} supervised tokens of the validation split.",
     )
+    tasks = HtmlTable(
+        "Tasks",
+        (
+            Column("Task"),
+            Column("Loss before", "number"),
+            Column("Loss after", "number"),
+            Column("Exact match before"),
+            Column("Exact match after"),
+        ),
+        tuple(
+            (name, before.tasks[name].loss, one.loss, share(before.tasks[name]), share(one))
+            for name, one in after.tasks.items()
+        ),
+    )
     adapter = {k: v for k, v in result.adapter.items() if v not in (None, [], {}, ())}
     write_report(
         path,
@@ -332,7 +346,7 @@ def write_demo_report(found: _Found, path: Path) -> None:
         sections=(
             Section(
                 "Result",
-                (figures, examples),
+                (figures, *((tasks,) if after.tasks else ()), examples),
                 intro="The same rows of the test split before and after training."
                 + (
                     " None of their dates or numbers is in the training split."

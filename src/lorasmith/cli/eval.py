@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from lorasmith.cli.base_model import BaseModel, BaseModelOptions
 from lorasmith.cli.output import Common, CommonOptions, emit, grid, number, session, stderr
+
+if TYPE_CHECKING:
+    from lorasmith.training.evaluate import EvalReport
 
 __all__ = ["evaluate"]
 
@@ -19,6 +22,7 @@ def evaluate(
     data: str,
     *,
     split: str | None = None,
+    task_column: str = "auto",
     limit: int | None = None,
     exact_match: bool = True,
     max_new_tokens: int | None = None,
@@ -35,11 +39,15 @@ def evaluate(
     model
         Base model: an alias (smollm2), a hub id, or a path.
     data
-        Rows: a jsonl, json, csv, tsv, parquet or txt file, a hub id, or builtin:NAME.
+        Rows: a jsonl, json, csv, tsv, parquet or txt file, a hub id, or builtin:NAME; or
+        several tasks: NAME=SOURCE,NAME=SOURCE.
     split
         Split of DATA; default: test for hub ids and builtin:NAME, all rows of a file.
+    task_column
+        Column with the task of each row: the figures are also given for each. auto: the column
+        task, if there is one with at most 64 tasks; none: no tasks.
     limit
-        Use at most so many rows.
+        Use at most so many rows, of each source.
     exact_match
         Let the model write the completions, greedily, and compare.
     max_new_tokens
@@ -52,6 +60,7 @@ def evaluate(
         Show so many of the completions.
     """
     with session(common):
+        from lorasmith.training.data import choose_task_column
         from lorasmith.training.evaluate import evaluate as measure
         from lorasmith.training.progress import bar
 
@@ -67,6 +76,7 @@ def evaluate(
                 exact_match=exact_match,
                 max_new_tokens=max_new_tokens,
                 progress=progress,
+                task_column=choose_task_column(task_column, rows),
             )
         payload = {
             "model": model,
@@ -89,6 +99,8 @@ def evaluate(
                     }
                 )
             )
+            if report.tasks:
+                console.print(_task_table(report))
             if report.examples and show > 0:
                 table = Table("", "expected", "written")
                 for example in report.examples[:show]:
@@ -99,10 +111,29 @@ def evaluate(
     return 0
 
 
+def _task_table(report: EvalReport) -> Table:
+    """A row for each task."""
+    table = Table("task")
+    for heading in ("rows", "loss", "perplexity", "exact match"):
+        table.add_column(heading, justify="right")
+    for name, found in report.tasks.items():
+        table.add_row(
+            name,
+            f"{found.rows:,}",
+            number(found.loss),
+            number(found.perplexity),
+            "–" if found.exact_match is None else f"{found.exact_match:.1%}",
+        )
+    return table
+
+
 def load_eval_rows(data: str, split: str | None, limit: int | None) -> Any:
     """Rows to evaluate on: the test split, or the whole file where there are no splits."""
-    from lorasmith.training.data import load_rows
+    from lorasmith.training.data import load_rows, load_tasks, task_sources
 
+    several = task_sources(data)
+    if several is not None:
+        return load_tasks(several, lambda source: load_eval_rows(source, split, limit))
     if split is None:
         split = "train" if Path(data).expanduser().exists() else "test"
     return load_rows(data, split=split, limit=limit)

@@ -35,7 +35,7 @@ def train(
         The run.
     config
         YAML file with options of this command (names as above, the adapter's nested under
-        "adapter"). The command line wins.
+        "adapter", dynamics as a list or as NAME: {OPTION: VALUE}). The command line wins.
     """
     with session(common):
         from lorasmith.training.trainer import TrainingInterrupted
@@ -58,13 +58,16 @@ def show_result(result: TrainResult, console: Console) -> None:
     for row in loss_rows(result):
         table.add_row(*row)
     console.print(table)
+    _show_tasks(result, console)
     memory = result.peak_memory_bytes
     console.print(
         grid(
             {
                 "status": result.status,
                 "adapter": result.adapter_path,
+                **{f"task {task}": path for task, path in result.task_adapters.items()},
                 "checkpoint": result.checkpoint,
+                "dynamics": _dynamics(result),
                 "parameters": f"{result.trainable_parameters:,} trained of "
                 f"{result.total_parameters:,}",
                 "time": f"{result.seconds:.1f} s, {result.tokens_per_second:,.0f} tokens/s",
@@ -72,6 +75,42 @@ def show_result(result: TrainResult, console: Console) -> None:
             }
         )
     )
+
+
+def _dynamics(result: TrainResult) -> str | None:
+    """The rules and their last numbers, a line for each."""
+    names: list[str] = result.config["dynamics"]
+    last = next((p.dynamics for p in reversed(result.losses) if p.dynamics), {})
+    lines = []
+    for name in names:
+        numbers = [
+            f"{key.partition('/')[2]} {number(value, 3)}"
+            for key, value in last.items()
+            if key.partition("/")[0] in (name, name.replace("-", "_"))
+        ]
+        lines.append(f"{name}: {', '.join(numbers)}" if numbers else name)
+    return "\n".join(lines) or None
+
+
+def _show_tasks(result: TrainResult, console: Console) -> None:
+    """The last loss of each task, in training and in evaluation."""
+    training: dict[str, float] = {}
+    for point in result.losses:
+        training.update(point.tasks)
+    held = result.evaluations[-1].tasks if result.evaluations else {}
+    if not training and not held:
+        return
+    table = Table(title="Last loss of each task", title_justify="left")
+    table.add_column("task")
+    table.add_column("training", justify="right")
+    table.add_column("evaluation", justify="right")
+    for task in {**training, **held}:
+        table.add_row(
+            task,
+            number(training[task]) if task in training else "",
+            number(held[task]) if task in held else "",
+        )
+    console.print(table)
 
 
 def loss_rows(result: TrainResult, most: int = 12) -> list[tuple[str, str, str, str]]:

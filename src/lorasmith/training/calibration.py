@@ -9,7 +9,7 @@ from lorasmith.core.registry import variant_of
 from lorasmith.errors import ConfigError
 from lorasmith.training.collate import PaddingCollator
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.data import load_rows, tokenise
+from lorasmith.training.data import first_rows, load_rows, tokenise
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,7 +52,7 @@ def calibration_batches(
         return None
     count = config.calibration_rows or ROWS
     if config.calibration is None:
-        chosen = rows.select(range(min(count, len(rows))))
+        chosen = rows.select(first_rows(rows, count))
         logger.info(
             "The adapter starts from data: it is calibrated on the first %d training rows. "
             "--calibration names others.",

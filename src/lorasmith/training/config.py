@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
@@ -20,6 +21,7 @@ from lorasmith.errors import ConfigError
 
 if TYPE_CHECKING:
     from lorasmith.core.config import AdapterConfig
+    from lorasmith.dynamics.protocol import Dynamic
 
 __all__ = ["AdapterOptions", "Packing", "Quantization", "Schedule", "TrainConfig"]
 
@@ -148,6 +150,21 @@ class AdapterOptions:
         return kind(**values)
 
 
+def _value(value: Any) -> Any:
+    """A value of which the type is not known, from text or already read.
+
+    Read as JSON, since YAML takes 1e-3 for text and off for False.
+    """
+    if isinstance(value, list | tuple):
+        return [_value(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return {"True": True, "False": False}.get(value, value)
+
+
 def _typed(value: object, annotation: str) -> object:
     """A value from the command line, which is text, in the type that its text looks like."""
     if not isinstance(value, str) or annotation in ("str", "<class 'str'>"):
@@ -173,7 +190,7 @@ class TrainConfig:
 
     data: str
     """Rows to train on: a jsonl, json, csv, tsv, parquet or txt file, a hub id, or
-    builtin:NAME."""
+    builtin:NAME; or several tasks: NAME=SOURCE,NAME=SOURCE."""
 
     _: KW_ONLY
 
@@ -187,7 +204,19 @@ class TrainConfig:
     """Split of DATA to train on."""
 
     limit: int | None = None
-    """Use at most so many rows."""
+    """Use at most so many rows, of each source."""
+
+    task_column: str = "auto"
+    """Column with the task of each row: every batch is then of one task, and losses are reported
+    for each. auto: the column task, if there is one with at most 64 tasks; none: no tasks."""
+
+    dynamics: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
+    """Rules that act during training, with commas between them: gauge,entropy,budget. lorasmith
+    dynamics lists them."""
+
+    dynamics_options: dict[str, dict[str, Any]] | None = None
+    """Options of the rules, as --dynamics-options.gauge.mu 1.0, or as JSON:
+    {"gauge": {"mu": 1.0}}."""
 
     calibration: str | None = None
     """Rows to start from, in the same forms as DATA, for adapters that look at data first
@@ -308,7 +337,8 @@ class TrainConfig:
         trackers: Any = self.report_to
         trackers = (trackers,) if isinstance(trackers, str) else tuple(trackers)
         object.__setattr__(self, "report_to", tuple(n for n in trackers if n != "none"))
-        for name in ("model", "data", "device", "split", "resume"):
+        self._normalise_dynamics()
+        for name in ("model", "data", "device", "split", "resume", "task_column"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise ConfigError(f"{name} is empty.", got=repr(value), key=name)
@@ -351,6 +381,40 @@ class TrainConfig:
             _check_choice("quantize", self.quantize, get_args(Quantization))
         self._check_together()
 
+    def _normalise_dynamics(self) -> None:
+        """Names as a tuple, options beside them; a mapping of both is taken, too."""
+        given: Any = self.dynamics
+        options = {
+            name: dict(values or {}) for name, values in (self.dynamics_options or {}).items()
+        }
+        if isinstance(given, Mapping):
+            for name, values in given.items():
+                if values:
+                    options[name] = {**dict(values), **options.get(name, {})}
+        parts = [given] if isinstance(given, str) else list(given or ())
+        names = [n.strip() for part in parts for n in str(part).split(",")]
+        names = [n for n in names if n and n != "none"]
+        object.__setattr__(self, "dynamics", tuple(names))
+        options = {
+            name: {key.replace("-", "_"): _value(value) for key, value in values.items()}
+            for name, values in options.items()
+            if values
+        }
+        object.__setattr__(self, "dynamics_options", options or None)
+
+    def make_dynamics(self) -> tuple[Dynamic, ...]:
+        """The rules, made anew.
+
+        Raises:
+            UnknownNameError: There is no rule of that name.
+            ConfigError: A rule does not take an option that was given, or refuses its value.
+        """
+        if not self.dynamics and not self.dynamics_options:
+            return ()
+        from lorasmith.dynamics.registry import make_dynamics
+
+        return make_dynamics(self.dynamics, self.dynamics_options)
+
     def _check_together(self) -> None:
         if self.eval_data is not None and self.eval_split > 0:
             raise ConfigError(
@@ -391,6 +455,7 @@ class TrainConfig:
         values = dataclasses.asdict(self)
         values["output"] = str(self.output)
         values["report_to"] = list(self.report_to)
+        values["dynamics"] = list(self.dynamics)
         values["adapter"] = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in values["adapter"].items()

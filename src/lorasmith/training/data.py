@@ -15,6 +15,11 @@ columns                              what is supervised (carries a label)
 ``text``                             everything
 ===================================  ==========================================================
 
+A column ``task`` beside these (the name can be chosen) says which task a row belongs to, for runs
+that train several tasks and report them apart. Several sources with a comma between them,
+``NAME=SOURCE,NAME=SOURCE``, are read one after the other and make that column
+(:func:`task_sources`).
+
 A tokenizer with a chat template sees prompt and completion as a user's and an assistant's
 turn. Without one the tokens are [bos] + prompt + separator + completion + eos, where the
 separator is a newline unless prompt or completion bring white space of their own.
@@ -30,10 +35,12 @@ import csv
 import difflib
 import itertools
 import json
+import logging
 import random
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -45,20 +52,31 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 __all__ = [
     "IGNORE_INDEX",
+    "TASK",
     "Example",
     "TokeniseReport",
+    "choose_task_column",
     "encode_prompt",
     "examples_of",
+    "first_rows",
     "load_rows",
+    "load_tasks",
     "split_rows",
+    "task_sources",
+    "tasks_of",
     "tokenise",
     "tokenise_with_report",
 ]
 
 IGNORE_INDEX = -100
 """Label of a token that is not supervised, as in PyTorch and Transformers."""
+
+TASK = "task"
+"""Column with the task of each tokenised row, where rows have one."""
 
 BUILTIN_PREFIX = "builtin:"
 
@@ -91,13 +109,14 @@ def load_rows(
     """Read rows from a file, a directory, the hub or a built-in data set.
 
     Args:
-        source: ``builtin:NAME`` (see :mod:`lorasmith.training.builtin`); a file ending in
+        source: Several sources with a comma between them (see :func:`task_sources`), or one:
+            ``builtin:NAME`` (see :mod:`lorasmith.training.builtin`); a file ending in
             .jsonl, .ndjson, .json, .csv, .tsv, .parquet or .txt (one row a line); a directory
             (saved by ``datasets``, or with data files); or a hub id ``owner/name``, with
             ``:config`` behind it where the data set has several.
         split: The split to read. A single file has only one, which is read whatever the split.
         limit: Keep a random sample of that many rows, in their original order. For a built-in
-            data set: the number of rows made.
+            data set: the number of rows made. Of several sources: so many of each.
         seed: Seed of that sample, or of the built-in data set.
         cache_dir: Where ``datasets`` keeps its Arrow files. Default: its own cache.
 
@@ -112,6 +131,12 @@ def load_rows(
     """
     if limit is not None and limit < 1:
         raise ConfigError("The limit is too small.", expected="at least 1 row", got=limit)
+    several = task_sources(source)
+    if several is not None:
+        return load_tasks(
+            several,
+            lambda one: load_rows(one, split=split, limit=limit, seed=seed, cache_dir=cache_dir),
+        )
     if source.startswith(BUILTIN_PREFIX):
         return load_builtin(source[len(BUILTIN_PREFIX) :], split, limit, seed)
     cache = None if cache_dir is None else str(cache_dir)
@@ -131,7 +156,125 @@ def load_rows(
     return rows
 
 
-def split_rows(dataset: Dataset, *, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset]:
+_TASK_NAME = re.compile(r"[\w.-]+")
+
+
+def task_sources(source: str) -> dict[str, str] | None:
+    """The sources in a text that names several tasks; None if it is one source without a name.
+
+    ``NAME=SOURCE,NAME=SOURCE`` has a comma between sources. Without ``NAME=`` a task is called
+    by the last part of its source: ``dates-en`` for ``builtin:dates-en``, ``a`` for
+    ``data/a.jsonl``. A file or directory that exists under the whole text is that file.
+
+    Raises:
+        ConfigError: Two sources have one name, or one of them is empty.
+    """
+    if ("," not in source and "=" not in source) or Path(source).expanduser().exists():
+        return None
+    found: dict[str, str] = {}
+    named = False
+    for part in (part.strip() for part in source.split(",")):
+        name, equals, rest = part.partition("=")
+        if equals and _TASK_NAME.fullmatch(name.strip()):
+            name, one, named = name.strip(), rest.strip(), True
+        else:
+            one = part
+            last = re.split(r"[/\\:]", one.rstrip("/"))[-1]
+            ending = Path(last).suffix.lower()
+            name = last[: -len(ending)] if ending in _READERS else last
+        if not one or not name or name in found:
+            raise ConfigError(
+                "The sources cannot be told apart." if name in found else "A source is empty.",
+                expected="NAME=SOURCE,NAME=SOURCE with a name of its own for each",
+                got=source,
+                key="data",
+            )
+        found[name] = one
+    return found if named or len(found) > 1 else None
+
+
+def load_tasks(sources: Mapping[str, str], load: Callable[[str], Dataset]) -> Dataset:
+    """Rows of several tasks, one after the other, with a column ``task``.
+
+    Args:
+        sources: Task → source.
+        load: Reads one source.
+
+    Raises:
+        DataError: A source cannot be read, or the columns of two of them contradict each other.
+    """
+    datasets = _datasets()
+    parts = []
+    for name, source in sources.items():
+        rows = load(source)
+        if TASK in rows.column_names:
+            rows = rows.remove_columns(TASK)
+        parts.append(rows.add_column(TASK, [name] * len(rows)))
+    try:
+        return cast("Dataset", datasets.concatenate_datasets(parts))
+    except ValueError as error:
+        raise DataError(
+            "The sources have columns of the same name with different types.",
+            expected="prompt, completion and their like of one type in all sources",
+            got=_first_line(error),
+            fix="bring them into the same form",
+        ) from error
+
+
+#: Tasks that a column named "task" may have to be taken for one without being asked.
+_MOST_TASKS = 64
+
+
+def choose_task_column(wanted: str, rows: Dataset) -> str | None:
+    """The column with the task of each row, or None if there are to be no tasks.
+
+    Args:
+        wanted: A column; ``"none"``; or ``"auto"`` for the column ``task``, if there is one and
+            it has at most 64 values.
+        rows: The rows, not tokenised.
+    """
+    if wanted != "auto":
+        return None if wanted == "none" else wanted
+    if TASK not in rows.column_names:
+        return None
+    number = len(rows.unique(TASK))
+    if number > _MOST_TASKS:
+        logger.warning(
+            "The column task has %d values, too many to be taken for tasks unasked. "
+            "--task-column task takes them; --task-column none ends this warning.",
+            number,
+        )
+        return None
+    return TASK
+
+
+def tasks_of(rows: Dataset) -> list[str] | None:
+    """The task of each tokenised row, or None where rows have none."""
+    return list(rows[TASK]) if TASK in rows.column_names else None
+
+
+def first_rows(rows: Dataset, count: int, *, by: str = TASK) -> list[int]:
+    """Indices of the first rows; with several tasks, of the first rows of each in turn.
+
+    Args:
+        rows: The rows.
+        count: How many; all, if there are fewer.
+        by: Column with the tasks, if there is one.
+    """
+    order = list(range(len(rows)))
+    if by in rows.column_names:
+        seen: Counter[Any] = Counter()
+        turns = []
+        for task in rows[by]:
+            turns.append(seen[task])
+            seen[task] += 1
+        order.sort(key=turns.__getitem__)
+    return sorted(order[:count])
+
+
+def split_rows(
+    dataset: Dataset, *, fraction: float, seed: int = 0, by: str | None = None
+) -> tuple[Dataset, Dataset]:
     """Split off rows for evaluation, at random but always the same for a seed.
 
     Args:
@@ -139,6 +282,8 @@ def split_rows(dataset: Dataset, *, fraction: float, seed: int = 0) -> tuple[Dat
         fraction: Share of the rows that goes to the second part, in (0, 1); at least one row
             and at most all but one.
         seed: Seed of the choice.
+        by: Split the rows of each value of this column for themselves, if there is such a
+            column. A value with a single row keeps it for training.
 
     Returns:
         (training rows, evaluation rows), both in their original order.
@@ -146,10 +291,18 @@ def split_rows(dataset: Dataset, *, fraction: float, seed: int = 0) -> tuple[Dat
     if not 0.0 < fraction < 1.0:
         raise ConfigError("Not a fraction.", expected="0 < fraction < 1", got=fraction)
     total = len(dataset)
-    if total < 2:
+    groups: dict[Any, list[int]] = {}
+    values = dataset[by] if by is not None and by in dataset.column_names else [None] * total
+    for i, value in enumerate(values):
+        groups.setdefault(value, []).append(i)
+    if all(len(members) < 2 for members in groups.values()):
         raise DataError("Too few rows to split.", expected="at least 2 rows", got=total)
-    count = min(total - 1, max(1, round(total * fraction)))
-    held_out = set(random.Random(seed).sample(range(total), count))
+    generator = random.Random(seed)
+    held_out: set[int] = set()
+    for members in groups.values():
+        size = len(members)
+        count = min(size - 1, max(1, round(size * fraction)))
+        held_out |= set(generator.sample(members, count))
     return (
         dataset.select([i for i in range(total) if i not in held_out]),
         dataset.select(sorted(held_out)),
@@ -475,6 +628,19 @@ def _text(value: Any, column: str, index: int) -> str:
     )
 
 
+def _task(value: Any, column: str, index: int) -> str:
+    named = isinstance(value, (str, int)) and not isinstance(value, bool)
+    if not named or not str(value).strip():
+        raise DataError(
+            f"Row {index} has no task.",
+            expected="a name or a number in every row",
+            got=_short(value),
+            fix="give every row a task, or leave tasks out with --task-column none",
+            key=column,
+        )
+    return str(value).strip()
+
+
 def _instruction(instruction: Any, context: Any, index: int) -> str:
     head = _text(instruction, "instruction", index)
     body = _text(context, "input", index)
@@ -584,10 +750,16 @@ def tokenise(
     max_length: int = 1024,
     system: str | None = None,
     separator: str = "\n",
+    task_column: str | None = None,
 ) -> Dataset:
     """The data set of :func:`tokenise_with_report`, with a warning if anything was lost."""
     tokens, report = tokenise_with_report(
-        dataset, tokenizer, max_length=max_length, system=system, separator=separator
+        dataset,
+        tokenizer,
+        max_length=max_length,
+        system=system,
+        separator=separator,
+        task_column=task_column,
     )
     message = report.warning()
     if message is not None:
@@ -602,6 +774,7 @@ def tokenise_with_report(
     max_length: int = 1024,
     system: str | None = None,
     separator: str = "\n",
+    task_column: str | None = None,
 ) -> tuple[Dataset, TokeniseReport]:
     """Turn rows into token ids and labels.
 
@@ -615,47 +788,61 @@ def tokenise_with_report(
             chat template.
         separator: Between prompt and completion where there is no chat template and neither
             side has white space there.
+        task_column: Column with the task of each row, which the result keeps as ``task``.
 
     Returns:
         A ``datasets.Dataset`` in memory (8 bytes a token) with ``input_ids`` and ``labels``
         (int32 lists; -100 where nothing is supervised, always so at the first token, which
-        nothing predicts) and ``length`` (int32), and the report.
+        nothing predicts), ``length`` (int32) and, with a task column, ``task`` (string); and
+        the report.
 
     Raises:
-        DataError: A row fits no form; the chat template cannot be applied or rewrites earlier
-            turns, so that no prefix is stable; the tokenizer has no end-of-sequence token; or
-            no example is left.
+        DataError: A row fits no form, or has no task where all must have one; the chat template
+            cannot be applied or rewrites earlier turns, so that no prefix is stable; the
+            tokenizer has no end-of-sequence token; or no example is left.
     """
     if max_length < 2:
         raise ConfigError("max_length is too small.", expected="at least 2", got=max_length)
     encoder = _Encoder(tokenizer, system, separator)
     datasets = _datasets()
-    features = datasets.Features(
-        {
-            "input_ids": datasets.Sequence(datasets.Value("int32")),
-            "labels": datasets.Sequence(datasets.Value("int32")),
-            "length": datasets.Value("int32"),
-        }
-    )
+    columns_made: dict[str, Any] = {
+        "input_ids": datasets.Sequence(datasets.Value("int32")),
+        "labels": datasets.Sequence(datasets.Value("int32")),
+        "length": datasets.Value("int32"),
+    }
+    if task_column is not None:
+        if task_column not in dataset.column_names:
+            near = difflib.get_close_matches(task_column, dataset.column_names, n=1)
+            raise DataError(
+                f"The rows have no column {task_column!r}, which is to name their tasks.",
+                expected=f"one of {', '.join(dataset.column_names)}",
+                got=task_column,
+                fix=f"did you mean {near[0]!r}?" if near else None,
+                key="task_column",
+            )
+        columns_made[TASK] = datasets.Value("string")
+    features = datasets.Features(columns_made)
     counts = TokeniseReport(len(dataset), 0, 0, 0, 0, 0, 0, 0, 0, max_length)
     parts = []
     for start in range(0, len(dataset), _BATCH_ROWS):
         batch = dataset[start : start + _BATCH_ROWS]
         columns = list(batch)
         found: list[tuple[int, Example]] = []
+        tasks: list[str] = []
         for offset in range(len(batch[columns[0]]) if columns else 0):
             row = {name: batch[name][offset] for name in columns}
             index = start + offset
-            found += [(index, example) for example in examples_of(row, index=index)]
+            examples = examples_of(row, index=index)
+            found += [(index, example) for example in examples]
+            if task_column is not None:
+                tasks += [_task(row[task_column], task_column, index)] * len(examples)
         kept, counts = _fit(encoder.encode(found), counts)
         if kept:
-            ids, labels = zip(*kept, strict=True)
-            parts.append(
-                datasets.Dataset.from_dict(
-                    {"input_ids": ids, "labels": labels, "length": [len(i) for i in ids]},
-                    features=features,
-                )
-            )
+            ids, labels, places = zip(*kept, strict=True)
+            made = {"input_ids": ids, "labels": labels, "length": [len(i) for i in ids]}
+            if task_column is not None:
+                made[TASK] = [tasks[place] for place in places]
+            parts.append(datasets.Dataset.from_dict(made, features=features))
     if not parts:
         raise DataError(
             "No example with a supervised token is left.",
@@ -699,11 +886,14 @@ _Tokens = tuple[list[int], list[int], bool]
 
 def _fit(
     encoded: Iterable[_Tokens], counts: TokeniseReport
-) -> tuple[list[tuple[list[int], list[int]]], TokeniseReport]:
-    """Cut examples to the limit, drop those without supervision, and count."""
+) -> tuple[list[tuple[list[int], list[int], int]], TokeniseReport]:
+    """Cut examples to the limit, drop those without supervision, and count.
+
+    Gives ids, labels and the number of the example that they are from.
+    """
     limit = counts.max_length
-    kept: list[tuple[list[int], list[int]]] = []
-    for ids, labels, divisible in encoded:
+    kept: list[tuple[list[int], list[int], int]] = []
+    for place, (ids, labels, divisible) in enumerate(encoded):
         longest = max(counts.longest, len(ids))
         if divisible and len(ids) > limit:
             # Consecutive pieces share a token: the last one of a piece predicts nothing there,
@@ -719,7 +909,7 @@ def _fit(
         for part_ids, part_labels in pieces:
             supervised = sum(v != IGNORE_INDEX for v in part_labels)
             if supervised:
-                kept.append((part_ids, part_labels))
+                kept.append((part_ids, part_labels, place))
             cut = len(pieces) == 1 and len(ids) > limit
             counts = replace(
                 counts,

@@ -16,21 +16,29 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lorasmith.errors import ConfigError, DataError
-from lorasmith.training.data import encode_prompt, tokenise
+from lorasmith.training.data import encode_prompt, tasks_of, tokenise
 from lorasmith.training.loss import IGNORE_INDEX, model_loss_output
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["EvalReport", "Example", "evaluate", "general_text", "generate", "perplexity"]
+__all__ = [
+    "EvalReport",
+    "Example",
+    "TaskReport",
+    "evaluate",
+    "general_text",
+    "generate",
+    "perplexity",
+]
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase (``"loss"`` or ``"generate"``), rows done and rows in all."""
@@ -54,6 +62,19 @@ class Example:
 
 
 @dataclass(frozen=True)
+class TaskReport:
+    """What :func:`evaluate` found on the rows of one task; as in :class:`EvalReport`."""
+
+    rows: int
+    tokens: int
+    loss: float
+    perplexity: float
+    exact_match: float | None
+    matched: int
+    generated: int
+
+
+@dataclass(frozen=True)
 class EvalReport:
     """What :func:`evaluate` found.
 
@@ -67,6 +88,7 @@ class EvalReport:
         generated: Number of rows on which the model wrote.
         seconds: Wall time.
         examples: The rows it wrote on, in the order of the data.
+        tasks: Task → the same figures on its rows, where rows have a task.
     """
 
     rows: int
@@ -78,12 +100,14 @@ class EvalReport:
     generated: int
     seconds: float
     examples: tuple[Example, ...] = ()
+    tasks: dict[str, TaskReport] = field(default_factory=dict)
 
     def to_dict(self, *, examples: int | None = None) -> dict[str, Any]:
         """All fields, in types that JSON can hold; at most ``examples`` examples."""
         values = dataclasses.asdict(dataclasses.replace(self, examples=self.examples[:examples]))
-        values["perplexity"] = self.perplexity if math.isfinite(self.perplexity) else None
-        values["loss"] = self.loss if math.isfinite(self.loss) else None
+        for found in (values, *values["tasks"].values()):
+            for key in ("perplexity", "loss"):
+                found[key] = found[key] if math.isfinite(found[key]) else None
         return values
 
 
@@ -97,6 +121,7 @@ def evaluate(
     exact_match: bool = True,
     max_new_tokens: int | None = None,
     progress: Progress | None = None,
+    task_column: str | None = "task",
 ) -> EvalReport:
     """Measures a model on rows in any of the forms that training takes.
 
@@ -112,35 +137,65 @@ def evaluate(
         max_new_tokens: Longest completion. Default: the longest expected one and a few
             tokens more, since a longer one cannot match.
         progress: Called as rows are done.
+        task_column: Column with the task of each row; where the rows have it, they are also
+            reported task by task.
 
     Raises:
         DataError: There are no rows, or they have a form that is not known.
     """
     _check_positive("batch_size", batch_size)
     started = time.perf_counter()
-    tokens = tokenise(_as_dataset(rows), tokenizer, max_length=max_length)
+    data = _as_dataset(rows)
+    column = task_column if task_column in data.column_names else None
+    tokens = tokenise(data, tokenizer, max_length=max_length, task_column=column)
     if len(tokens) == 0:
         raise DataError("There are no rows to evaluate on.", expected="at least one row")
     pairs = [(row["input_ids"], row["labels"]) for row in tokens]
+    names = tasks_of(tokens)
+    groups: dict[str | None, list[int]] = {}
+    for i in range(len(pairs)):
+        groups.setdefault(None if names is None else names[i], []).append(i)
     with evaluating(model):
-        total, count = _summed_loss(model, tokenizer, pairs, batch_size, progress)
-        examples: tuple[Example, ...] = ()
+        sums = _summed_losses(model, tokenizer, pairs, groups, batch_size, progress)
+        found: dict[int, Example] = {}
         if exact_match:
-            examples = _write_completions(
+            found = _write_completions(
                 model, tokenizer, pairs, batch_size, max_new_tokens, progress
             )
-    loss = total / count
-    matched = sum(e.match for e in examples)
+    total = _task_report(range(len(pairs)), _added(sums.values()), found)
     return EvalReport(
-        rows=len(pairs),
+        **dataclasses.asdict(total),
+        seconds=time.perf_counter() - started,
+        examples=tuple(found[i] for i in sorted(found)),
+        tasks={
+            task: _task_report(members, sums[task], found)
+            for task, members in groups.items()
+            if task is not None
+        },
+    )
+
+
+def _added(sums: Iterable[tuple[float, int]]) -> tuple[float, int]:
+    losses, counts = zip(*sums, strict=True)
+    return sum(losses), sum(counts)
+
+
+def _task_report(
+    members: Sequence[int], summed: tuple[float, int], found: Mapping[int, Example]
+) -> TaskReport:
+    """The figures on some of the rows, from their summed loss and what was written."""
+    total, count = summed
+    loss = total / count
+    written = [found[i] for i in members if i in found]
+    matched = sum(e.match for e in written)
+    return TaskReport(
+        rows=len(members),
         tokens=count,
         loss=loss,
         perplexity=exp_or_inf(loss),
-        exact_match=matched / len(examples) if examples else None,
+        exact_match=matched / len(written) if written else None,
         matched=matched,
-        generated=len(examples),
-        seconds=time.perf_counter() - started,
-        examples=examples,
+        generated=len(written),
     )
 
 
@@ -220,30 +275,36 @@ def _padded(
 _Pair = tuple[Sequence[int], Sequence[int]]
 
 
-def _summed_loss(
+def _summed_losses(
     model: nn.Module,
     tokenizer: Any,
     pairs: Sequence[_Pair],
+    groups: Mapping[str | None, Sequence[int]],
     batch_size: int,
     progress: Progress | None,
-) -> tuple[float, int]:
-    """Sum of the cross-entropy over all supervised tokens, and their number."""
+) -> dict[str | None, tuple[float, int]]:
+    """Group → sum of the cross-entropy over its supervised tokens, and their number."""
     device = _device(model)
-    total, count, done = 0.0, 0, 0
-    for batch in length_batches([len(ids) for ids, _ in pairs], batch_size):
-        ids = [pairs[i][0] for i in batch]
-        inputs = {
-            "input_ids": _padded(ids, int(tokenizer.pad_token_id or 0), device),
-            "attention_mask": _padded([[1] * len(row) for row in ids], 0, device),
-            "labels": _padded([pairs[i][1] for i in batch], IGNORE_INDEX, device),
-        }
-        output = model_loss_output(model, inputs)
-        total += float(output.loss) * output.count
-        count += output.count
-        done += len(batch)
-        if progress is not None:
-            progress("loss", done, len(pairs))
-    return total, count
+    found: dict[str | None, tuple[float, int]] = {}
+    done = 0
+    for name, members in groups.items():
+        total, count = 0.0, 0
+        for places in length_batches([len(pairs[i][0]) for i in members], batch_size):
+            batch = [members[k] for k in places]
+            ids = [pairs[i][0] for i in batch]
+            inputs = {
+                "input_ids": _padded(ids, int(tokenizer.pad_token_id or 0), device),
+                "attention_mask": _padded([[1] * len(row) for row in ids], 0, device),
+                "labels": _padded([pairs[i][1] for i in batch], IGNORE_INDEX, device),
+            }
+            output = model_loss_output(model, inputs)
+            total += float(output.loss) * output.count
+            count += output.count
+            done += len(batch)
+            if progress is not None:
+                progress("loss", done, len(pairs))
+        found[name] = (total, count)
+    return found
 
 
 def _last_answer(labels: Sequence[int]) -> tuple[int, int]:
@@ -268,12 +329,13 @@ def _write_completions(
     batch_size: int,
     max_new_tokens: int | None,
     progress: Progress | None,
-) -> tuple[Example, ...]:
+) -> dict[int, Example]:
+    """Row → what the model wrote on it, of the rows that have a prompt."""
     spans = [_last_answer(labels) for _, labels in pairs]
     # Plain text is supervised from its second token on, since nothing predicts the first.
     asked = [i for i, (start, end) in enumerate(spans) if 1 < start < end]
     if not asked:
-        return ()
+        return {}
     if max_new_tokens is None:
         max_new_tokens = max(spans[i][1] - spans[i][0] for i in asked) + _SPARE_TOKENS
     _check_positive("max_new_tokens", max_new_tokens)
@@ -294,7 +356,7 @@ def _write_completions(
             found[i] = Example(tokenizer.decode(prompt), expected, got, got == expected)
         if progress is not None:
             progress("generate", len(found), len(asked))
-    return tuple(found[i] for i in asked)
+    return found
 
 
 # Writing -------------------------------------------------------------------------------------

@@ -61,11 +61,14 @@ class LossOutput:
         count: Number of supervised tokens.
         entropy: Entropy of the model's distribution at each supervised position, in nats,
             [count], detached; None unless it was asked for.
+        summed: Sum of the cross-entropy over the supervised tokens, detached and without any
+            load-balancing loss; of a model's forward pass only.
     """
 
     loss: Tensor
     count: int
     entropy: Tensor | None = None
+    summed: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -506,7 +509,12 @@ def _normalised(output: LossOutput, items: Tensor | int | None) -> LossOutput:
         divisor = divisor.to(output.loss.device)
     loss = output.loss / divisor
     extra = output.extra if isinstance(output, _Summed) else None
-    return LossOutput(loss if extra is None else loss + extra, output.count, output.entropy)
+    return LossOutput(
+        loss if extra is None else loss + extra,
+        output.count,
+        output.entropy,
+        output.loss.detach(),
+    )
 
 
 def _unwrap(model: nn.Module) -> tuple[nn.Module, str | None]:
@@ -674,7 +682,7 @@ def _loss_at_labels(
             loss, entropy = _cross_entropy_through(
                 head, hidden, index, targets, scale, cap, chunk, vocabulary, with_entropy
             )
-    return _Summed(loss, index.numel(), entropy, _auxiliary_loss(base, out))
+    return _Summed(loss, index.numel(), entropy, extra=_auxiliary_loss(base, out))
 
 
 _UNKNOWN_AFTER_HEAD = "it changes the logits after the head in a way that lorasmith does not know"

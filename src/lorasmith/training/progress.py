@@ -1,34 +1,7 @@
-"""Progress bars for work that goes through rows, batches or layers."""
+"""Progress bars, under the name that training has always used."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from lorasmith.progress import bar
 
 __all__ = ["bar"]
-
-
-@contextlib.contextmanager
-def bar(
-    console: Console, *, shown: bool = True
-) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar for each phase; gives what is called with (phase, done, total).
-
-    Gives None where nothing is to be shown, as on a console that is not a terminal.
-    """
-    if not shown or not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        tasks: dict[str, int] = {}
-
-        def advance(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = progress.add_task(phase, total=total or None)
-            progress.update(progress.task_ids[list(tasks).index(phase)], completed=done)
-
-        yield advance

@@ -14,11 +14,16 @@ done differently here, and why:
   by default logs a NaN as 0.0 and goes on.)
 - SIGTERM and Ctrl-C finish the step, write a checkpoint, and end the process with 143 or 130.
 - The evaluation loss is a mean over tokens. (Trainer's is a mean of batch means.)
+- Where rows have a task, every batch is of one task, the same on all devices, and losses are
+  reported for each task as well.
+- Dynamics (:mod:`lorasmith.dynamics`) act through the hooks of their driver, which is told what
+  the loss computation has at hand already. Their state is in ``optimizer.pt``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -31,11 +36,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
 
 import torch
 from rich.console import Console
@@ -55,14 +62,22 @@ from lorasmith.training import checkpoints
 from lorasmith.training.calibration import calibration_batches
 from lorasmith.training.collate import Collator, PackingCollator, choose_collator
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.data import load_rows, split_rows, tokenise
+from lorasmith.training.data import (
+    TASK,
+    choose_task_column,
+    first_rows,
+    load_rows,
+    split_rows,
+    tasks_of,
+    tokenise,
+)
 from lorasmith.training.evaluate import (
     contiguous_head_input,
     evaluating,
     exp_or_inf,
     length_batches,
 )
-from lorasmith.training.loss import model_loss, model_loss_output
+from lorasmith.training.loss import LossOutput, model_loss_output
 from lorasmith.training.models import load_model, quiet, resolve_device, resolve_model
 from lorasmith.training.progress import bar
 
@@ -80,6 +95,8 @@ if TYPE_CHECKING:
 
     from lorasmith.core.adapter import Adapter
     from lorasmith.core.config import AdapterConfig
+    from lorasmith.dynamics.driver import Dynamics
+    from lorasmith.dynamics.protocol import Dynamic
 
 __all__ = ["EvalPoint", "LossPoint", "TrainResult", "TrainingInterrupted", "train"]
 
@@ -87,9 +104,13 @@ logger = logging.getLogger(__name__)
 
 ADAPTER_STATE = "adapter_state.safetensors"
 BEST_STATE = "best_state.safetensors"
+BEST_DYNAMICS = "best_dynamics.pt"
 RUN_STATE = "run_state.json"
 RESULT = "training.json"
 LAST_FINITE = "last-finite"
+TASK_FOLDER = "task-"
+#: The dynamic that deals with a loss that is not finite by itself, and switches adapters.
+STRESS = "stress"
 
 
 # Records --------------------------------------------------------------------------------------
@@ -105,6 +126,8 @@ class LossPoint:
         loss: Cross-entropy in nats a supervised token, mean since the point before.
         learning_rate: That of the step.
         grad_norm: Norm of the gradient before clipping; None where it is not known.
+        tasks: Task → its loss since the point before, of those seen.
+        dynamics: ``RULE/NUMBER`` → value, what the dynamics report.
     """
 
     step: int
@@ -112,6 +135,8 @@ class LossPoint:
     loss: float
     learning_rate: float
     grad_norm: float | None
+    tasks: dict[str, float] = field(default_factory=dict)
+    dynamics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,6 +150,7 @@ class EvalPoint:
         perplexity: exp(loss).
         tokens: Supervised tokens.
         seconds: Wall time.
+        tasks: Task → its loss, where rows have a task.
     """
 
     step: int
@@ -133,6 +159,7 @@ class EvalPoint:
     perplexity: float
     tokens: int
     seconds: float
+    tasks: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -168,6 +195,7 @@ class TrainResult:
         config: The run's configuration.
         adapter: The adapter's configuration, defaults filled in.
         versions: Of the packages that matter.
+        task_adapters: Task → directory of its own adapter, if a stress controller left some.
     """
 
     status: Literal["finished", "stopped early", "interrupted"]
@@ -196,6 +224,7 @@ class TrainResult:
     config: dict[str, Any]
     adapter: dict[str, Any]
     versions: dict[str, str]
+    task_adapters: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, in types that JSON can hold; numbers that are not finite become None."""
@@ -269,6 +298,7 @@ def train(
             key="tokenizer",
         )
     adapter_config = config.adapter.to_config()
+    rules = config.make_dynamics()
     if config.lora_plus_ratio is not None:
         check_lora_plus(variant_of(adapter_config))
     device = _device(config)
@@ -276,7 +306,7 @@ def train(
     checkpoint = checkpoints.choose_checkpoint(config.resume, config.output, processes=processes)
     with _nothing_empty_left(config.output):
         _prepare_output(config, checkpoint)
-        return _train(config, adapter_config, device, checkpoint, model, tokenizer, progress)
+        return _train(config, adapter_config, rules, device, checkpoint, model, tokenizer, progress)
 
 
 @contextlib.contextmanager
@@ -296,6 +326,7 @@ def _nothing_empty_left(output: Path) -> Iterator[None]:
 def _train(
     config: TrainConfig,
     adapter_config: AdapterConfig,
+    rules: tuple[Dynamic, ...],
     device: torch.device,
     checkpoint: Path | None,
     model: Any,
@@ -324,6 +355,7 @@ def _train(
                 "which may take a while."
             )
         transformers.set_seed(config.seed)
+        there = frozenset(ls.attached(model))
         batches = calibration_batches(config, adapter_config, tokenizer, rows)
         with bar(Console(stderr=True), shown=progress) as advance:
             adapter = ls.attach(
@@ -336,12 +368,13 @@ def _train(
             )
         if not loaded:
             # On failure a model that belongs to the caller must be as it was.
-            failed.callback(_detach_quietly, model, adapter.name)
+            failed.callback(_detach_new, model, there)
         collate, packing = _collator(config, model, tokenizer)
         stack.enter_context(_restored(model))
         trainer = _AdapterTrainer(
-            config, model, adapter, rows, eval_rows, collate, packing, before, progress
+            config, model, adapter, rules, rows, eval_rows, collate, packing, before, progress
         )
+        stack.callback(trainer.close_dynamics)
         stack.enter_context(contiguous_head_input(model))
         stack.enter_context(_GradientCheckpointing(model, config.gradient_checkpointing))
         result = trainer.run(checkpoint)
@@ -366,12 +399,14 @@ def _originals(config: TrainConfig, adapter: AdapterConfig) -> Any:
     return model
 
 
-def _detach_quietly(model: nn.Module, name: str) -> None:
+def _detach_new(model: nn.Module, there: frozenset[str]) -> None:
+    """Takes off every adapter that was not there before."""
     import lorasmith as ls
 
-    # The error that is under way says more than a second one would.
-    with contextlib.suppress(LorasmithError):
-        ls.detach(model, name)
+    for name in [name for name in ls.attached(model) if name not in there]:
+        # The error that is under way says more than a second one would.
+        with contextlib.suppress(LorasmithError):
+            ls.detach(model, name)
 
 
 def _is_main() -> bool:
@@ -404,6 +439,7 @@ def _prepare_output(config: TrainConfig, checkpoint: Path | None) -> None:
         old = [*checkpoints.list_checkpoints(output)]
         results = (output / name for name in ("adapter_config.json", RESULT, LAST_FINITE))
         old += [path for path in results if path.exists()]
+        old += [p.parent for p in output.glob(f"{TASK_FOLDER}*/adapter_config.json")]
         if old and not config.overwrite:
             raise TrainingError(
                 "The output directory holds an earlier run.",
@@ -461,10 +497,20 @@ class _Before:
                 fix="give the same adapter options, or start anew with --overwrite",
                 file=self._checkpoint,
             )
+        for key in ("dynamics", "dynamics_options"):
+            if (old.get(key) or None) != (new[key] or None):
+                raise TrainingError(
+                    "The checkpoint is of a run with other dynamics than those asked for.",
+                    expected=old.get(key) or "none",
+                    got=new[key] or "none",
+                    fix="give the same dynamics, or start anew with --overwrite",
+                    file=self._checkpoint,
+                    key=key,
+                )
         changed = [
-            f"{key} {old.get(key)!r} → {new[key]!r}"
+            f"{key} {old[key]!r} → {new[key]!r}"
             for key in new
-            if key not in self._FREE and key != "adapter" and old.get(key) != new[key]
+            if key not in self._FREE and key != "adapter" and key in old and old[key] != new[key]
         ]
         if changed:
             logger.warning(
@@ -486,8 +532,9 @@ class _Before:
 def rows_digest(rows: Dataset) -> str:
     """Number of rows and a digest of their tokens, to tell whether two runs see the same."""
     digest = hashlib.sha256()
-    for batch in rows.select_columns(["input_ids", "labels"]).iter(batch_size=1000):
-        digest.update(repr((batch["input_ids"], batch["labels"])).encode())
+    columns = ["input_ids", "labels", *([TASK] if TASK in rows.column_names else [])]
+    for batch in rows.select_columns(columns).iter(batch_size=1000):
+        digest.update(repr(tuple(batch[column] for column in columns)).encode())
     return f"{len(rows)}:{digest.hexdigest()}"
 
 
@@ -499,14 +546,28 @@ def _rows(config: TrainConfig, tokenizer: Any) -> tuple[Dataset, Dataset | None]
         eval_rows = load_rows(
             config.eval_data, split=config.eval_data_split, limit=config.eval_limit
         )
-    elif config.eval_split > 0:
-        rows, eval_rows = split_rows(rows, fraction=config.eval_split, seed=config.seed)
+    column = choose_task_column(config.task_column, rows)
+    if config.eval_data is None and config.eval_split > 0:
+        rows, eval_rows = split_rows(rows, fraction=config.eval_split, seed=config.seed, by=column)
         if config.eval_limit is not None and config.eval_limit < len(eval_rows):
-            eval_rows = eval_rows.select(range(config.eval_limit))
-    tokens = tokenise(rows, tokenizer, max_length=config.max_length)
+            eval_rows = eval_rows.select(
+                first_rows(eval_rows, config.eval_limit, by=column or TASK)
+            )
+    tokens = tokenise(rows, tokenizer, max_length=config.max_length, task_column=column)
+    names = tasks_of(tokens)
+    if names is not None:
+        logger.info(
+            "Every batch is of one of %d tasks: %s.",
+            len(set(names)),
+            ", ".join(f"{name} ({number:,} rows)" for name, number in Counter(names).items()),
+        )
     if eval_rows is None:
         return tokens, None
-    return tokens, tokenise(eval_rows, tokenizer, max_length=config.max_length)
+    if config.task_column == "auto":
+        column = choose_task_column("auto", eval_rows)
+    elif column not in eval_rows.column_names:
+        column = None
+    return tokens, tokenise(eval_rows, tokenizer, max_length=config.max_length, task_column=column)
 
 
 def _collator(config: TrainConfig, model: nn.Module, tokenizer: Any) -> tuple[Collator, str]:
@@ -569,16 +630,24 @@ _TOKENS = "row_tokens"
 
 @dataclass(frozen=True)
 class _Counting:
-    """A collator that also says how many tokens the rows of a batch have."""
+    """A collator that also says how many tokens the rows of a batch have, and their task."""
 
     collate: Collator
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
-        return {**self.collate(rows), _TOKENS: sum(len(row["input_ids"]) for row in rows)}
+        batch: dict[str, Any] = dict(self.collate(rows))
+        batch[_TOKENS] = sum(len(row["input_ids"]) for row in rows)
+        if TASK in rows[0]:
+            (batch[TASK],) = {row[TASK] for row in rows}
+        return batch
 
 
 class _RowOrder(torch.utils.data.Sampler[int]):
     """The rows in an order that depends on seed and epoch alone.
+
+    Without tasks every row comes once. With tasks the order is made of whole batches of one
+    task, in turns: a task with twice the rows has twice the turns, evenly spread. The last
+    batch of a task is filled up with rows of that task from the head of the epoch's order.
 
     Args:
         lengths: Tokens of each row, to batch rows of similar length; None for any order.
@@ -586,6 +655,7 @@ class _RowOrder(torch.utils.data.Sampler[int]):
         batch_size: Rows a batch, on all devices together.
         seed: Seed.
         epoch: Gives the epoch when an order is asked for.
+        tasks: The task of each row.
     """
 
     #: Batches among which rows are sorted by length.
@@ -598,12 +668,14 @@ class _RowOrder(torch.utils.data.Sampler[int]):
         batch_size: int,
         seed: int,
         epoch: Callable[[], int],
+        tasks: Sequence[str] | None = None,
     ) -> None:
         self.lengths, self.count = lengths, count
         self.batch_size, self.seed, self.epoch = batch_size, seed, epoch
+        self.tasks = tasks
 
     def __len__(self) -> int:
-        return self.count
+        return epoch_rows(self.count, self.tasks, self.batch_size)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator()
@@ -611,18 +683,53 @@ class _RowOrder(torch.utils.data.Sampler[int]):
         key = hashlib.sha256(f"{self.seed}:{self.epoch()}".encode()).digest()
         generator.manual_seed(int.from_bytes(key[:8], "big") >> 1)
         order: list[int] = torch.randperm(self.count, generator=generator).tolist()
-        lengths = self.lengths
+        batches = (
+            self._batches(order, generator)
+            if self.tasks is None
+            else self._in_turns(order, self.tasks, generator)
+        )
+        return iter([i for batch in batches for i in batch])
+
+    def _batches(self, order: list[int], generator: torch.Generator) -> list[list[int]]:
+        """Cuts an order into batches, of rows of like length if lengths are known."""
+        size, lengths = self.batch_size, self.lengths
         if lengths is None:
-            return iter(order)
+            return [order[i : i + size] for i in range(0, len(order), size)]
         batches: list[list[int]] = []
-        window = self.batch_size * self.WINDOW
-        for start in range(0, self.count, window):
+        window = size * self.WINDOW
+        for start in range(0, len(order), window):
             part = sorted(order[start : start + window], key=lambda i: -lengths[i])
-            batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
+            batches += [part[i : i + size] for i in range(0, len(part), size)]
         # A short batch stays at the end: in front it would shift all others.
-        short = [batches.pop()] if len(batches[-1]) < self.batch_size else []
+        short = [batches.pop()] if len(batches[-1]) < size else []
         shuffled = torch.randperm(len(batches), generator=generator).tolist()
-        return iter([i for b in [*(batches[k] for k in shuffled), *short] for i in b])
+        return [*(batches[k] for k in shuffled), *short]
+
+    def _in_turns(
+        self, order: list[int], tasks: Sequence[str], generator: torch.Generator
+    ) -> list[list[int]]:
+        """Whole batches of one task each; those of a task are evenly spread over the epoch."""
+        members: dict[str, list[int]] = {name: [] for name in dict.fromkeys(tasks)}
+        for i in order:
+            members[tasks[i]].append(i)
+        starts = torch.rand(len(members), generator=generator).tolist()
+        placed: list[tuple[float, int, list[int]]] = []
+        for number, rows in enumerate(members.values()):
+            missing = -len(rows) % self.batch_size
+            filled = rows + [rows[i % len(rows)] for i in range(missing)]
+            batches = self._batches(filled, generator)
+            placed += [
+                ((k + starts[number]) / len(batches), number, batch)
+                for k, batch in enumerate(batches)
+            ]
+        return [batch for _, _, batch in sorted(placed, key=lambda item: item[:2])]
+
+
+def epoch_rows(count: int, tasks: Sequence[str] | None, batch_size: int) -> int:
+    """Rows of one epoch: with tasks, those that fill up the last batch of each count twice."""
+    if tasks is None:
+        return count
+    return sum(-(-number // batch_size) * batch_size for number in Counter(tasks).values())
 
 
 class _InterruptedError(Exception):
@@ -640,6 +747,7 @@ class _AdapterTrainer(Trainer):
         config: TrainConfig,
         model: Any,
         adapter: Adapter,
+        rules: tuple[Dynamic, ...],
         rows: Dataset,
         eval_rows: Dataset | None,
         collate: Collator,
@@ -651,6 +759,14 @@ class _AdapterTrainer(Trainer):
         self.base: Any = model
         self.adapter = adapter
         self.rows, self.eval_rows = rows, eval_rows
+        self.rules = rules
+        self.driver: Dynamics | None = None
+        self.row_tasks, self.eval_tasks = tasks_of(rows), None
+        if eval_rows is not None:
+            self.eval_tasks = tasks_of(eval_rows)
+        self.tasks = tuple(dict.fromkeys(self.row_tasks or ()))
+        #: Task → [sum of the loss, tokens] since the last log, on the device.
+        self.task_sums: dict[str, Tensor] = {}
         self.packing = packing
         self.before = before
         self.tokens_here = 0  # of this process, since it began
@@ -658,13 +774,24 @@ class _AdapterTrainer(Trainer):
         self.best = before.best
         self.evaluations_since_best = before.evaluations_since_best
         self.best_state: dict[str, Tensor] | None = None
+        #: State of the dynamics at the best evaluation, if tasks had adapters of their own then.
+        self.best_dynamics: dict[str, Any] | None = None
+        self.merged_loss: float | None = None
         self.stopped_early = False
         self.step_loss: Tensor | None = None
         self.stop = _StopSignals()
         self.started = time.perf_counter()
         self.plain_collate = collate
         self.rows_digest = rows_digest(rows)
-        arguments = _arguments(config, len(rows), evaluates=eval_rows is not None)
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        #: Rows of an epoch, those that fill up a task's last batch included.
+        self.epoch_rows = epoch_rows(len(rows), self.row_tasks, config.batch_size * world)
+        arguments = _arguments(
+            config,
+            self.epoch_rows,
+            evaluates=eval_rows is not None,
+            find_unused=any(rule.name == STRESS for rule in rules),
+        )
         self.bar = _Bar() if progress and _is_main() else None
         callbacks: list[TrainerCallback] = [_Watch(self)]
         if self.bar is not None:
@@ -711,11 +838,38 @@ class _AdapterTrainer(Trainer):
         """The loss at supervised positions, a share of the whole step's mean."""
         inputs = dict(inputs)
         self.tokens_here += int(inputs.pop(_TOKENS, 0))
-        loss = model_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        task = inputs.pop(TASK, None)
+        driver = self.driver
+        if driver is not None:
+            driver.select(task)
+        output = model_loss_output(
+            model,
+            inputs,
+            num_items_in_batch=num_items_in_batch,
+            with_entropy=driver is not None and "entropy" in driver.needs,
+        )
+        self._observe(output, task)
+        loss = output.loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # Gradients are averaged over processes, the number of tokens is their sum.
             loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
+
+    def _observe(self, output: LossOutput, task: str | None) -> None:
+        """Tells the dynamics of a batch, and adds its loss to its task's."""
+        summed = output.summed
+        assert summed is not None  # it comes from a model
+        if task is not None:
+            new = torch.stack([summed.float(), summed.new_tensor(output.count).float()])
+            known = self.task_sums.get(task)
+            self.task_sums[task] = new if known is None else known + new
+        if self.driver is not None:
+            self.driver.observe(
+                loss=summed / output.count,
+                entropy=None if output.entropy is None else output.entropy.mean(),
+                tokens=output.count,
+                task=task,
+            )
 
     def training_step(
         self,
@@ -731,7 +885,12 @@ class _AdapterTrainer(Trainer):
     def check_finite(self) -> None:
         """Raises NonFiniteLossError if loss or gradients of the step are not finite."""
         loss, self.step_loss = self.step_loss, None
-        gradients = [p.grad for p in self.adapter.parameters() if p.grad is not None]
+        if any(rule.name == STRESS for rule in self.rules):
+            return  # it skips the step, and takes it for full stress
+        trained = list(self.adapter.parameters())
+        if self.driver is not None:
+            trained += self.driver.context.added.values()
+        gradients = [p.grad for p in trained if p.grad is not None]
         # One number and so one wait for the device, however many tensors there are.
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
         total = norm.double() if loss is None else norm.double() + loss.to(norm.device).double()
@@ -766,18 +925,72 @@ class _AdapterTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Trainer's optimiser; with LoRA+ over groups with rates of their own."""
         config = self.run_config
-        if config.lora_plus_ratio is None or self.optimizer is not None:
-            made: torch.optim.Optimizer = super().create_optimizer(model)
-            return made
+        if self.optimizer is not None:
+            return self.optimizer
+        made: torch.optim.Optimizer = (
+            super().create_optimizer(model)
+            if config.lora_plus_ratio is None
+            else self._lora_plus(config.lora_plus_ratio)
+        )
+        self.optimizer = made
+        if self.rules and self.driver is None:
+            from lorasmith.dynamics.driver import Dynamics
+
+            # Before a checkpoint is loaded: the rules' state comes with the optimiser's.
+            self.driver = Dynamics(
+                self.base,
+                self.rules,
+                made,
+                adapter=self.adapter.name,
+                tasks=self.tasks,
+                observe="manual",
+            )
+        return made
+
+    def _lora_plus(self, ratio: float) -> torch.optim.Optimizer:
+        config = self.run_config
         groups = param_groups(
             self.adapter,
             config.lr,
-            lora_plus_ratio=config.lora_plus_ratio,
+            lora_plus_ratio=ratio,
             weight_decay=config.weight_decay,
         )
         kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.base)
-        self.optimizer = kind(groups, **settings)
-        return self.optimizer
+        made: torch.optim.Optimizer = kind(groups, **settings)
+        return made
+
+    def close_dynamics(self) -> None:
+        """Takes the rules' hooks off the model and the optimiser."""
+        if self.driver is not None:
+            self.driver.close()
+            self.driver = None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log; that of the training loss gets the tasks' losses and the dynamics."""
+        if "loss" in logs:
+            logs = {**logs, **self._task_losses()}
+            if self.driver is not None:
+                logs |= self.driver.metrics()
+            running = getattr(self, "_tr_loss", None)
+            if running is not None and not math.isfinite(logs["loss"]):
+                # Trainer subtracts the sum from itself, which leaves a NaN for ever.
+                running.zero_()
+        super().log(logs, start_time)
+
+    def _task_losses(self) -> dict[str, float]:
+        """Mean loss of each task since the last log, over all processes."""
+        if not self.tasks:
+            return {}
+        sums, self.task_sums = self.task_sums, {}
+        none = torch.zeros(2, device=self.args.device)
+        table = torch.stack([sums.get(task, none) for task in self.tasks])
+        if self.args.world_size > 1:
+            table = self.accelerator.reduce(table, "sum")
+        return {
+            f"loss_{task}": total / tokens
+            for task, (total, tokens) in zip(self.tasks, table.tolist(), strict=True)
+            if tokens
+        }
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices only: gains and magnitudes do not belong near zero."""
@@ -790,13 +1003,14 @@ class _AdapterTrainer(Trainer):
         # Packed rows leave no padding, so that their lengths do not matter.
         grouped = not isinstance(self.plain_collate, PackingCollator)
         world = self.args.world_size
-        per_epoch = steps_per_epoch(len(rows), self.run_config, world)
+        per_epoch = steps_per_epoch(self.epoch_rows, self.run_config, world)
         return _RowOrder(
             list(rows["length"]) if grouped else None,
             len(rows),
             self.run_config.batch_size * world,
             self.run_config.seed,
             lambda: self.state.global_step // per_epoch,
+            self.row_tasks,
         )
 
     # -- evaluation ----------------------------------------------------------------------
@@ -813,21 +1027,33 @@ class _AdapterTrainer(Trainer):
         if rows is None:
             raise TrainingError("There is nothing to evaluate on.", fix="give eval_data")
         size = self.run_config.eval_batch_size or self.run_config.batch_size
-        batches = length_batches(list(rows["length"]), size)
+        lengths = list(rows["length"])
+        names = self.eval_tasks if eval_dataset is None else tasks_of(rows)
+        # Batches of one task: the dynamics may compute each with an adapter of its own.
+        groups: dict[str | None, list[int]] = {}
+        for i in range(len(lengths)):
+            groups.setdefault(None if names is None else names[i], []).append(i)
+        batches = [
+            (number, task, [members[k] for k in batch])
+            for number, (task, members) in enumerate(groups.items())
+            for batch in length_batches([lengths[i] for i in members], size)
+        ]
         world, rank = self.args.world_size, self.args.process_index
         device = self.args.device
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(len(groups), 2, dtype=torch.float64)
         with evaluating(self.base):
-            for batch in batches[rank::world]:
+            for number, task, batch in batches[rank::world]:
                 if world == 1 and self.stop.received is not None and self.is_in_train:
                     raise _InterruptedError
+                if self.driver is not None:
+                    self.driver.select(task)
                 inputs = self.plain_collate([rows[i] for i in batch])
                 output = model_loss_output(self.base, {k: v.to(device) for k, v in inputs.items()})
-                sums += torch.tensor([float(output.loss) * output.count, output.count])
+                sums[number] += torch.tensor([float(output.loss) * output.count, output.count])
         if world > 1:
             # float64 does not exist on every accelerator.
             sums = self.accelerator.reduce(sums.float().to(device), "sum").double().cpu()
-        total, tokens = sums.tolist()
+        total, tokens = sums.sum(dim=0).tolist()
         seconds = time.perf_counter() - started
         self.eval_seconds += seconds
         loss = total / tokens
@@ -837,6 +1063,11 @@ class _AdapterTrainer(Trainer):
             f"{metric_key_prefix}_tokens": int(tokens),
             f"{metric_key_prefix}_runtime": seconds,
         }
+        for task, (part, number) in zip(groups, sums.tolist(), strict=True):
+            if task is not None:
+                metrics[f"{metric_key_prefix}_loss_{task}"] = part / number
+        if self.driver is not None:
+            self.driver.on_evaluate(metrics)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -849,6 +1080,34 @@ class _AdapterTrainer(Trainer):
         import lorasmith as ls
 
         ls.save(self.adapter.model, path, name=self.adapter.name, beside=True)
+
+    def _task_adapters(self) -> dict[str, str]:
+        """Task → name of its own adapter, of those that are on the model."""
+        if not any(rule.name == STRESS for rule in self.rules):
+            return {}
+        import lorasmith as ls
+        from lorasmith.dynamics.task_adapters import adapter_name
+
+        names = {task: adapter_name(self.adapter.name, task) for task in self.tasks}
+        there = ls.attached(self.base)
+        return {task: name for task, name in names.items() if name in there}
+
+    def _save_task_adapters(self) -> None:
+        import lorasmith as ls
+
+        for task, name in self._task_adapters().items():
+            ls.save(self.adapter.model, self._task_folder(task), name=name)
+
+    def _task_folder(self, task: str) -> Path:
+        # Whatever a task is called, this is one folder in the output.
+        return self.run_config.output / f"{TASK_FOLDER}{quote(task, safe=' ')}"
+
+    def _save_histories(self) -> None:
+        """Records that a rule keeps of every step, beside the adapter."""
+        for rule in self.rules:
+            save = getattr(rule, "save_history", None)
+            if save is not None:
+                save(self.run_config.output / f"{rule.name}.json")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the adapter, never the base model."""
@@ -866,6 +1125,8 @@ class _AdapterTrainer(Trainer):
             _save_tensors(self.adapter.state_dict(), partial / ADAPTER_STATE)
             if self.best_state is not None:
                 _save_tensors(self.best_state, partial / BEST_STATE)
+            if self.best_dynamics is not None:
+                torch.save(self.best_dynamics, partial / BEST_DYNAMICS)
             checkpoints.write_json(partial / RUN_STATE, self._run_state(tokens))
             self.state.save_to_json(str(partial / "trainer_state.json"))
         self.accelerator.wait_for_everyone()
@@ -905,6 +1166,10 @@ class _AdapterTrainer(Trainer):
         self.adapter.load_state_dict(_load_tensors(folder / ADAPTER_STATE))
         if (folder / BEST_STATE).is_file():
             self.best_state = _load_tensors(folder / BEST_STATE)
+        if (folder / BEST_DYNAMICS).is_file():
+            self.best_dynamics = torch.load(
+                folder / BEST_DYNAMICS, map_location=self.args.device, weights_only=True
+            )
 
     # -- early stopping ------------------------------------------------------------------
 
@@ -917,6 +1182,10 @@ class _AdapterTrainer(Trainer):
             self.best = (self.state.global_step, loss)
             self.evaluations_since_best = 0
             self.best_state = {k: v.cpu().clone() for k, v in self.adapter.state_dict().items()}
+            self.best_dynamics = None
+            if self.driver is not None and self.driver.context.added:
+                # Where tasks have adapters of their own, the shared one is not what was measured.
+                self.best_dynamics = copy.deepcopy(self.driver.state_dict())
         else:
             self.evaluations_since_best += 1
         return self.evaluations_since_best >= patience
@@ -946,19 +1215,40 @@ class _AdapterTrainer(Trainer):
         result = self._result("stopped early" if self.stopped_early else "finished")
         if self.args.should_save:
             self._save_adapter(self.run_config.output)
+            self._save_task_adapters()
+            self._save_histories()
         self._write_result(result)
         self.accelerator.wait_for_everyone()
         return result
 
     def _finish(self) -> None:
-        """Goes back to the best adapter, or evaluates the last one if that is still to do."""
-        if self.eval_rows is None:
-            return
-        if self.evaluated_at(self.state.global_step) is None:
+        """Ends the dynamics, with the best adapter if one was looked for, and measures it."""
+        if self.eval_rows is not None and self.evaluated_at(self.state.global_step) is None:
             metrics = self.evaluate()
             self.consider(metrics["eval_loss"])
-        if self.best_state is not None:
+        if self.best_dynamics is not None:
+            self._load_best_dynamics(self.best_dynamics)
+        before = {k: v.clone() for k, v in self.adapter.state_dict().items()}
+        self.close_dynamics()
+        if self.best_state is not None and self.best_dynamics is None:
             self.adapter.load_state_dict(self.best_state)
+            return
+        after = self.adapter.state_dict()
+        moved = not all(torch.equal(before[key], after[key]) for key in before)
+        if moved and self.eval_rows is not None:
+            # The adapters of several tasks have become one, which nobody has measured yet.
+            self.merged_loss = self.evaluate()["eval_loss"]
+
+    def _load_best_dynamics(self, state: dict[str, Any]) -> None:
+        """Goes back to the best evaluation, when each task had an adapter of its own."""
+        assert self.driver is not None
+        histories = {rule.name: list(getattr(rule, "history", ())) for rule in self.rules}
+        self.driver.load_state_dict(state)
+        for rule in self.rules:
+            history = getattr(rule, "history", None)
+            if history is not None:  # the course of the run was what it was
+                history.clear()
+                history.extend(histories[rule.name])
 
     def evaluated_at(self, step: int) -> float | None:
         """The evaluation loss after that step, if there was an evaluation."""
@@ -973,6 +1263,7 @@ class _AdapterTrainer(Trainer):
 
     def _result(self, status: Literal["finished", "stopped early", "interrupted"]) -> TrainResult:
         history = self.state.log_history
+        rules = {rule.name for rule in self.rules}
         losses = tuple(
             LossPoint(
                 int(e["step"]),
@@ -980,6 +1271,8 @@ class _AdapterTrainer(Trainer):
                 float(e["loss"]),
                 float(e["learning_rate"]),
                 float(e["grad_norm"]) if "grad_norm" in e else None,
+                _with_prefix(e, "loss_"),
+                {k: float(v) for k, v in e.items() if k.partition("/")[0] in rules},
             )
             for e in history
             if "loss" in e
@@ -992,6 +1285,7 @@ class _AdapterTrainer(Trainer):
                 float(e["eval_perplexity"]),
                 int(e["eval_tokens"]),
                 float(e["eval_runtime"]),
+                _with_prefix(e, "eval_loss_"),
             )
             for e in history
             if "eval_loss" in e
@@ -1012,7 +1306,7 @@ class _AdapterTrainer(Trainer):
             losses=losses,
             evaluations=evaluations,
             final_loss=losses[-1].loss if losses else None,
-            eval_loss=eval_loss if kept is None else kept[1],
+            eval_loss=eval_loss if kept is None or self.merged_loss is not None else kept[1],
             best_step=None if kept is None else kept[0],
             rows=len(self.rows),
             tokens=tokens,
@@ -1029,7 +1323,15 @@ class _AdapterTrainer(Trainer):
             config=self.run_config.to_dict(),
             adapter=self.adapter.config.to_dict(),
             versions=_versions(),
+            task_adapters={}
+            if status == "interrupted"
+            else {task: str(self._task_folder(task)) for task in self._task_adapters()},
         )
+
+
+def _with_prefix(entry: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """What an entry of the log says of each task."""
+    return {k[len(prefix) :]: float(v) for k, v in entry.items() if k.startswith(prefix)}
 
 
 def steps_per_epoch(rows: int, config: TrainConfig, processes: int) -> int:
@@ -1042,7 +1344,9 @@ def steps_per_epoch(rows: int, config: TrainConfig, processes: int) -> int:
 _LOG_POINTS = 200
 
 
-def _arguments(config: TrainConfig, rows: int, *, evaluates: bool) -> TrainingArguments:
+def _arguments(
+    config: TrainConfig, rows: int, *, evaluates: bool, find_unused: bool = False
+) -> TrainingArguments:
     device = resolve_device(config.device)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     steps = config.steps or math.ceil(config.epochs * steps_per_epoch(rows, config, processes))
@@ -1087,8 +1391,9 @@ def _arguments(config: TrainConfig, rows: int, *, evaluates: bool) -> TrainingAr
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=device.type == "cuda",
-        # Every adapter parameter has a gradient in every step, and looking costs time.
-        ddp_find_unused_parameters=False,
+        # Every adapter parameter has a gradient in every step, and looking costs time; but not
+        # where tasks may have adapters of their own.
+        ddp_find_unused_parameters=find_unused,
         **evaluation,
         **saving,
     )
