@@ -32,13 +32,24 @@ import os
 import platform
 import random
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from experiments import (
+    PRELOAD,
+    Interval,
+    Results,
+    digest,
+    markdown,
+    perform,
+    prepare,
+    rotation,
+    write_report,
+)
 
 #: Learning rates to choose from. What multiplies activations (gains, angles, a small core
 #: between frozen factors) needs larger steps than what adds products of matrices; where both
@@ -54,8 +65,6 @@ STEP = 4.0
 WIDER = 2
 #: Entries whose runs are done together.
 GROUP = 4
-#: Student's t at 97.5 % for n − 1 degrees of freedom.
-T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 
 
 @dataclass(frozen=True)
@@ -150,10 +159,8 @@ class Run:
     @property
     def key(self) -> str:
         """Name of its file: readable, and different whenever the run is."""
-        values = json.dumps(asdict(self), sort_keys=True)
-        digest = hashlib.sha256(values.encode()).hexdigest()[:10]
         name = "base" if self.entry is None else self.entry.name.replace(", ", "-")
-        return f"{name}-{self.task}-lr{self.lr:g}-s{self.seed}-{digest}"
+        return f"{name}-{self.task}-lr{self.lr:g}-s{self.seed}-{digest(self)}"
 
 
 # Tasks ----------------------------------------------------------------------------------
@@ -220,18 +227,6 @@ def _answer(text: str) -> str:
 # One run --------------------------------------------------------------------------------
 
 
-def _prepare(threads: int) -> None:
-    os.environ.update(HF_HUB_OFFLINE=os.environ.get("HF_HUB_OFFLINE", "1"))
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    import datasets
-    import torch
-    import transformers
-
-    torch.set_num_threads(threads)
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    datasets.disable_progress_bars()
-
-
 def _train(run: Run, model: Any, tokenizer: Any, rows: Sequence[Any], scratch: Path) -> Any:
     from lorasmith.training.config import AdapterOptions, TrainConfig
     from lorasmith.training.trainer import train
@@ -258,7 +253,7 @@ def _train(run: Run, model: Any, tokenizer: Any, rows: Sequence[Any], scratch: P
 def work(job: tuple[Run, Path, Path, int]) -> tuple[str, dict[str, Any]]:
     """One run, in this process; what it measured, or why it failed."""
     run, data, folder, threads = job
-    _prepare(threads)
+    prepare(threads)
     try:
         return run.key, _measure(run, data, _best_so_far(run, Results(folder)))
     except Exception as error:  # noqa: BLE001 - one variant that fails must not end the rest
@@ -308,80 +303,7 @@ def _measure(run: Run, data: Path, best: float | None) -> dict[str, Any]:
     return found
 
 
-def rotation(model: Any) -> float:
-    """Mean angle between W and the weight that acts, over the adapted layers, in degrees.
-
-    Each as one long vector, products in float64.
-    """
-    import torch
-
-    from lorasmith.core.adapter import get_adapter
-    from lorasmith.core.layers import read_weight
-
-    angles = []
-    adapter = get_adapter(model, None)
-    with torch.no_grad():
-        for name, part in adapter.layers().items():
-            weight = read_weight(adapter.model.get_submodule(name), part.info).double()
-            acting = part.variant.effective_weight(part, weight)
-            length = torch.linalg.vector_norm(weight)
-            change = acting - weight
-            along = (change * weight).sum() / length
-            across = torch.linalg.vector_norm(change).square() - along.square()
-            angles.append(math.atan2(math.sqrt(max(float(across), 0.0)), float(length + along)))
-    return math.degrees(statistics.mean(angles))
-
-
 # All runs -------------------------------------------------------------------------------
-
-
-class Results:
-    """The folder of finished runs."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-
-    def get(self, run: Run) -> dict[str, Any] | None:
-        """What the run measured, if it has been done."""
-        path = self.folder / f"{run.key}.json"
-        if not path.is_file():
-            return None
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return values["result"]  # type: ignore[no-any-return]
-
-    def put(self, run: Run, result: dict[str, Any]) -> None:
-        """Keeps it; a reader sees all of the file or none."""
-        path = self.folder / f"{run.key}.json"
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"run": asdict(run), "result": result}, indent=1))
-        part.replace(path)
-
-
-def perform(runs: Iterable[Run], results: Results, options: argparse.Namespace) -> None:
-    """Does those of the runs that have not been done, each in a fresh process."""
-    todo = {
-        run.key: run
-        for run in runs
-        if (results.get(run) or {"failed": ""}).get("failed") is not None
-    }
-    if not todo:
-        return
-    # Imports happen once, in a server that never computes; each run is a fork of it.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "datasets", "lorasmith.training"])
-    jobs = [(run, options.data_dir, results.folder, options.threads) for run in todo.values()]
-    start = time.perf_counter()
-    with context.Pool(options.jobs, maxtasksperchild=1) as pool:
-        for done, (key, result) in enumerate(pool.imap_unordered(work, jobs), start=1):
-            results.put(todo[key], result)
-            left = (time.perf_counter() - start) / done * (len(jobs) - done)
-            shown = result.get("failed") or ", ".join(
-                f"{k.partition('_')[0]} {result[k]:.4f}"
-                for k in ("valid_loss", "test_loss")
-                if k in result
-            )
-            print(f"{done}/{len(jobs)} {key}: {shown} ({left / 60:.0f} min left)", flush=True)
 
 
 def search_runs(entry: Entry, setting: Setting) -> Iterator[Run]:
@@ -443,7 +365,7 @@ def chosen_rate(entry: Entry, task: str, setting: Setting, results: Results) -> 
 def cost(job: tuple[Entry, Setting, Path, int, int]) -> tuple[str, dict[str, Any]]:
     """Step time of one variant against LoRA's in turns, and its peak memory, in this process."""
     entry, setting, data, threads, steps = job
-    _prepare(threads)
+    prepare(threads)
     try:
         return entry.name, _cost(entry, setting, data, steps)
     except Exception as error:  # noqa: BLE001 - one variant that fails must not end the rest
@@ -562,7 +484,7 @@ def measure_costs(options: argparse.Namespace, setting: Setting, path: Path) -> 
     """The cost of every entry, one after the other, alone on the machine."""
     known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "datasets", "lorasmith.training"])
+    context.set_forkserver_preload(list(PRELOAD))
     jobs = [
         (entry, setting, options.data_dir, os.cpu_count() or 1, options.cost_steps)
         for entry in options.entries
@@ -577,32 +499,6 @@ def measure_costs(options: argparse.Namespace, setting: Setting, path: Path) -> 
 
 
 # The report -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 95 % confidence interval over seeds (Student's t)."""
-
-    mean: float
-    half: float
-    values: tuple[float, ...] = field(default=())
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
-        """From one value a seed; the half-width is infinite for a single one."""
-        mean = statistics.mean(values)
-        n = len(values)
-        half = T[n] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
-        return cls(mean, half, tuple(values))
-
-    def show(self, digits: int, factor: float = 1.0) -> str:
-        """``mean ± half``."""
-        return f"{factor * self.mean:.{digits}f} ± {factor * self.half:.{digits}f}"
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether zero lies outside."""
-        return abs(self.mean) > self.half
 
 
 @dataclass(frozen=True)
@@ -660,10 +556,10 @@ def table(found: Sequence[Outcome], base: Mapping[str, Any], costs: Mapping[str,
     head = ["variant", "learning rate", "test loss", "− LoRA's, paired"]
     head += ["exact, %"] if accuracy else []
     head += ["parameters", "step ÷ LoRA's", "peak memory, MB", "perplexity elsewhere", "θ̄, °"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = []
     row = ["*base model*", "", f"{base['test_loss']:.3f}", ""]
     row += [f"{100 * base['accuracy']:.0f}"] if accuracy else []
-    lines.append("| " + " | ".join([*row, "0", "", "", f"{base['perplexity']:.2f}", "0"]) + " |")
+    lines.append([*row, "0", "", "", f"{base['perplexity']:.2f}", "0"])
     for outcome in found:
         edge = " (edge)" if outcome.edge else ""
         row = [outcome.entry.shown, f"{outcome.lr:g}{edge}"]
@@ -682,8 +578,8 @@ def table(found: Sequence[Outcome], base: Mapping[str, Any], costs: Mapping[str,
         row.append(f"{cost['peak_mb']:.0f}" if "peak_mb" in cost else "")
         row.append(outcome.interval("perplexity").show(2))
         row.append(outcome.interval("rotation_deg").show(2))
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
+        lines.append(row)
+    return markdown(head, lines)
 
 
 def claims(task: str, found: Sequence[Outcome]) -> str:
@@ -793,19 +689,6 @@ def report(options: argparse.Namespace, setting: Setting, results: Results, cost
     return "\n\n".join(parts)
 
 
-_START, _END = "<!-- variants: start -->", "<!-- variants: end -->"
-
-
-def write_report(path: Path, text: str) -> None:
-    """Puts the text between the markers of a Markdown file."""
-    page = path.read_text(encoding="utf-8")
-    before, start, rest = page.partition(_START)
-    _, end, after = rest.partition(_END)
-    if not start or not end:
-        sys.exit(f"{path} has no markers {_START} and {_END}")
-    path.write_text(f"{before}{_START}\n\n{text}\n\n{_END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     """Runs what has not been run, then reports."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -836,21 +719,34 @@ def main() -> None:
     results = Results(options.results / options.setting)
     costs = options.results / f"{options.setting}-cost.json"
     if options.phase in ("all", "score"):
-        perform([Run(None, task, 0.0, 0, setting) for task in setting.tasks], results, options)
+
+        def score(runs: Sequence[Run]) -> None:
+            perform(
+                runs,
+                results,
+                work,
+                options.data_dir,
+                results.folder,
+                options.threads,
+                jobs=options.jobs,
+                shown=("valid_loss", "test_loss"),
+            )
+
+        score([Run(None, task, 0.0, 0, setting) for task in setting.tasks])
         # A few entries at a time, so that what is stopped half-way has complete rows.
         for first in range(0, len(options.entries), GROUP):
             group = options.entries[first : first + GROUP]
-            perform([r for e in group for r in search_runs(e, setting)], results, options)
+            score([r for e in group for r in search_runs(e, setting)])
             for _ in range(WIDER):
                 further = [r for e in group for r in wider_runs(e, setting, results)]
-                perform(further, results, options)
-            perform([r for e in group for r in seed_runs(e, setting, results)], results, options)
+                score(further)
+            score([r for e in group for r in seed_runs(e, setting, results)])
     if options.phase in ("all", "cost"):
         measure_costs(options, setting, costs)
     text = report(options, setting, results, costs)
     print(text)
     if options.report:
-        write_report(options.report, text)
+        write_report(options.report, "variants:", text)
     if options.json:
         found, failed = outcomes(options, setting, results)
         record = {
