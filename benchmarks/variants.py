@@ -609,14 +609,17 @@ def claims(task: str, found: Sequence[Outcome]) -> str:
     return text
 
 
-def figure(found: Mapping[str, Sequence[Outcome]], limits: Mapping[str, float], path: Path) -> None:
-    """Test loss against trainable parameters, and against what was forgotten, by task.
+def figure(
+    found: Mapping[str, Sequence[Outcome]],
+    bases: Mapping[str, Mapping[str, float]],
+    path: Path,
+) -> None:
+    """Test loss, what was forgotten, and parameters: a row a variant, the best on top, by task.
 
-    What did not get below ``limits[task]``, the base model's loss, is left out: it would
-    squeeze all others into a corner.
+    What did not get below the base model's loss is left out: it would squeeze all others.
     """
     found = {
-        task: [o for o in outcomes if o.interval("test_loss").mean < limits[task]]
+        task: [o for o in outcomes if o.interval("test_loss").mean < bases[task]["test_loss"]]
         for task, outcomes in found.items()
     }
     import matplotlib as mpl
@@ -627,37 +630,35 @@ def figure(found: Mapping[str, Sequence[Outcome]], limits: Mapping[str, float], 
     from lorasmith.web.figures import GRID, INK, MUTED, SERIES
 
     tasks = [t for t in found if found[t]]
+    rows = max(len(found[t]) for t in tasks)
     plot, grid = plt.subplots(
-        len(tasks), 2, figsize=(11, 4.6 * len(tasks)), squeeze=False, layout="constrained"
-    )
-    for row, task in zip(grid, tasks, strict=True):
-        for axes, key in zip(row, ("parameters", "perplexity"), strict=True):
-            for outcome in found[task]:
-                loss = outcome.interval("test_loss")
-                x = outcome.interval(key).mean
-                spread = outcome.interval(key).half if key == "perplexity" else None
+        len(tasks), 3, figsize=(11, (0.22 * rows + 0.9) * len(tasks)), squeeze=False,
+        sharey="row", layout="constrained",
+    )  # fmt: skip
+    panels = {
+        "test_loss": "test loss on {}, nats a token",
+        "perplexity": "perplexity on other text (line: base)",
+        "parameters": "trainable parameters",
+    }
+    for line, task in zip(grid, tasks, strict=True):
+        shown = [o.entry.shown for o in found[task]]
+        for axes, (key, label) in zip(line, panels.items(), strict=True):
+            for place, outcome in enumerate(found[task]):
                 colour = SERIES[list(GRIDS).index(outcome.entry.grid)]
-                axes.errorbar(
-                    x, loss.mean, yerr=loss.half, xerr=spread, fmt="o", ms=4, lw=0.8, color=colour
-                )
-                axes.annotate(
-                    outcome.entry.shown,
-                    (x, loss.mean),
-                    xytext=(4, 3),
-                    textcoords="offset points",
-                    fontsize=7,
-                    color=INK,
-                )
+                value = outcome.interval(key)
+                half = 0.0 if key == "parameters" else value.half
+                axes.errorbar(value.mean, place, xerr=half, fmt="o", ms=4, lw=1.2, color=colour)
             if key == "parameters":
                 axes.set_xscale("log")
-            axes.tick_params(which="both", labelsize=8, labelcolor=MUTED)
-            axes.set_xlabel(
-                "trainable parameters" if key == "parameters" else "perplexity on other text",
-                color=MUTED,
-            )
-            axes.set_ylabel(f"test loss on {task}, nats a token", color=MUTED)
-            axes.grid(visible=True, which="both", color=GRID, lw=0.5)
-            axes.spines[["top", "right"]].set_visible(False)
+            if key == "perplexity":
+                axes.axvline(bases[task]["perplexity"], color=MUTED, lw=0.8, ls=":")
+            axes.set_yticks(range(len(shown)), shown)
+            axes.tick_params(axis="x", which="both", labelsize=8, labelcolor=MUTED)
+            axes.tick_params(axis="y", labelsize=8, labelcolor=INK, length=0)
+            axes.set_xlabel(label.format(task), color=MUTED, fontsize=9)
+            axes.grid(visible=True, axis="x", color=GRID, lw=0.5)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+        line[0].invert_yaxis()
     path.parent.mkdir(parents=True, exist_ok=True)
     plot.savefig(path, dpi=150)
     plt.close(plot)
@@ -685,7 +686,7 @@ def report(options: argparse.Namespace, setting: Setting, results: Results, cost
         parts += ["### Without a result", reasons]
     if options.figure and any(found.values()):
         bases = {t: results.get(Run(None, t, 0.0, 0, setting)) or {} for t in setting.tasks}
-        figure(found, {t: b.get("test_loss", math.inf) for t, b in bases.items()}, options.figure)
+        figure(found, bases, options.figure)
     return "\n\n".join(parts)
 
 
