@@ -68,6 +68,7 @@ _EXPORTS = {
     "read_adapter": "lorasmith.io",
     "register": "lorasmith.core.registry",
     "register_dynamic": "lorasmith.dynamics.registry",
+    "retention": "lorasmith.training.retention",
     "save": "lorasmith.io",
     "unfuse": "lorasmith.core.fusing",
     "use": "lorasmith.core.attach",
@@ -129,6 +130,7 @@ if TYPE_CHECKING:
     from lorasmith.io import save as save
     from lorasmith.io.convert import Conversion as Conversion
     from lorasmith.io.convert import convert as convert
+    from lorasmith.training.retention import retention as retention
 
 __all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604
 

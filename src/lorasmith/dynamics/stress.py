@@ -2,7 +2,7 @@
 
 After Unified-LoRA, whose code has the average of the loss and a learning rate for each mode;
 what its description promises beyond that (conflict, memory, task adapters, snapshots) is
-defined here. Formulas: DESIGN of this project, section 6, and docs/dynamics-stress.md.
+defined here; docs/dynamics-stress.md has it at a glance.
 
 **Signals**, each in [0, 1]:
 
