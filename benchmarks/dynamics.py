@@ -542,7 +542,6 @@ class Gauge(Part):
             ("LoRA", {}),
             ("gauge (moments kept)", {"gauge": {"mu": "auto", "moments": "keep"}}),
             ("gauge (transported)", {"gauge": {"mu": "auto", "moments": "transport"}}),
-            ("gauge (μ = 1)", {"gauge": {"mu": 1.0, "moments": "transport"}}),
         )
     )
     shown = ("valid_loss",)
