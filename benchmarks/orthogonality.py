@@ -27,8 +27,7 @@ from torch import Tensor
 
 from lorasmith.dynamics.entropy import token_statistics
 from lorasmith.dynamics.orthogonality import (
-    average_shadow,
-    pseudo_inverse,
+    refresh_shadow,
     shadow_penalty_gradient,
     spectral_penalty_gradient,
 )
@@ -85,18 +84,17 @@ def main() -> None:
     torch.manual_seed(0)
     d, r, m = options.size, options.r, 0.9
     A, B = torch.randn(r, d) / d**0.5, torch.randn(d, r)
-    U, V = pseudo_inverse(torch.randn_like(A), torch.randn_like(B))
-    U, V, _ = (t.float() for t in average_shadow(U, V, *pseudo_inverse(A, B), m, 2 * r, 1e-6))
+    U, V = torch.zeros(d, 2 * r), torch.zeros(d, 2 * r)
+    U, V, _ = refresh_shadow(U, V, torch.randn_like(A), torch.randn_like(B), 0.0, 2 * r, 1e-6)
+    U, V, _ = refresh_shadow(U, V, A, B, m, 2 * r, 1e-6)
     S = U @ V.T
     A, B = A * 1.1, B + 0.1 * torch.randn_like(B)
 
-    def refresh() -> tuple[Tensor, Tensor]:
-        new = average_shadow(U, V, *pseudo_inverse(A, B), m, 2 * r, 1e-6)
-        return new[0].float(), new[1].float()
+    def refresh() -> tuple[Tensor, Tensor, Tensor]:
+        return refresh_shadow(U, V, A, B, m, 2 * r, 1e-6)
 
     logits, labels = torch.randn(4, 128, 49152), torch.randint(0, 49152, (4, 128))
-    new_U, new_V = refresh()
-    dropped = float(average_shadow(U, V, *pseudo_inverse(A, B), m, 2 * r, 1e-6)[2])
+    new_U, new_V, dropped = refresh()
     wanted_S = dense_refresh(A.double(), B.double(), S.double(), m)
     ours, theirs = (
         shadow_penalty_gradient(A, B, U, V),
@@ -106,7 +104,7 @@ def main() -> None:
         "penalty": relative(ours[0], theirs[0]),
         "gradient": max(relative(g, h) for g, h in zip(ours[1:], theirs[1:], strict=True)),
         "shadow": float((new_U.double() @ new_V.double().T - wanted_S).norm()),
-        "shadow_bound": dropped,
+        "shadow_bound": float(dropped),
         "shadow_norm": float(wanted_S.norm()),
     }
     memory = {

@@ -16,6 +16,7 @@ from lorasmith.diagnostics.records import (
     UnitRotation,
 )
 
+_RETENTION = Retention("builtin", 4096, 17.61, 18.93, 0.0812, 0.871)
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -54,7 +55,7 @@ def report(
     spectra: bool = True,
     intruders: bool = False,
     diversity: bool = True,
-    retention: bool = True,
+    retention: bool | Retention = True,
     seed: int = 0,
     **changes: Any,
 ) -> RotationReport:
@@ -115,7 +116,7 @@ def report(
         "units": tuple(units),
         "spectra": tuple(found) if spectra else (),
         "diversity": tuple(angles) if diversity else (),
-        "retention": Retention("builtin", 4096, 17.61, 18.93, 0.0812, 0.871) if retention else None,
+        "retention": (_RETENTION if retention is True else retention) or None,
         "head_dim": 64,
         "skipped": {"model.vision.patch": "a convolution: only linear layers are compared"},
         "unchanged": 1,

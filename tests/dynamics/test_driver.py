@@ -517,3 +517,142 @@ def test_metrics_are_named_after_their_rule() -> None:
         driver.on_evaluate({"eval_loss": 1.0})
         assert driver.metrics() == {"watch/count": 0.0}
     assert watch.evaluations == [{"eval_loss": 1.0}]
+
+
+class _Factor(Watch):
+    """Scales the rate, adds to the gradient, or both."""
+
+    name = "factor"
+
+
+def _trained_by(closure: bool, kind: Any, **options: Any) -> tuple[Tensor, Watch, float]:
+    model, adapter, _, watch = _setup(**options)
+    optimizer = kind(adapter.parameters(), lr=0.1)
+    with ls.Dynamics(model, watch, optimizer) as driver:
+        for seed in range(3):
+
+            def evaluate(seed: int = seed) -> Tensor:
+                optimizer.zero_grad()
+                loss: Tensor = model(**_batch(seed)).loss
+                loss.backward()
+                return loss
+
+            if closure:
+                optimizer.step(evaluate)
+            else:
+                evaluate()
+                optimizer.step()
+        assert driver.steps == 3
+    rate = optimizer.param_groups[0]["lr"]
+    return torch.cat([p.detach().flatten() for p in adapter.parameters()]), watch, rate
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_closure_is_the_same_as_a_backward_pass_before_the_step(kind: Any) -> None:
+    """Lightning hands a closure to every optimiser: the rules must see its gradients."""
+    options = {"gradient": 0.3, "factor": 0.5, "needs": ("entropy",)}
+    plain, seen, _ = _trained_by(False, kind, **options)
+    closed, also, rate = _trained_by(True, kind, **options)
+    assert torch.equal(plain, closed)
+    assert rate == 0.1
+    for one, two in zip(seen.seen, also.seen, strict=True):
+        assert float(one.statistics.loss) == float(two.statistics.loss)  # type: ignore[arg-type]
+
+
+def test_a_penalty_and_a_closure_that_is_evaluated_often_do_not_go_together() -> None:
+    assert _trained_by(True, torch.optim.LBFGS)[1].after == 3
+    with pytest.raises(TrainingError, match="more than once a step"):
+        _trained_by(True, torch.optim.LBFGS, gradient=0.3)
+
+
+def test_a_step_that_fails_gives_the_learning_rate_back() -> None:
+    model, adapter, _, watch = _setup(factor=0.5)
+
+    class Fails(torch.optim.SGD):
+        fails = False
+
+        def step(self, closure: Any = None) -> Any:
+            if self.fails:
+                raise RuntimeError("out of memory")
+            return super().step(closure)
+
+    optimizer = Fails(adapter.parameters(), lr=0.1)
+    with ls.Dynamics(model, watch, optimizer):
+        for fails in (True, False, True):
+            model(**_batch()).loss.backward()
+            optimizer.fails = fails
+            if fails:
+                with pytest.raises(RuntimeError, match="out of memory"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+                assert optimizer.param_groups[0]["lr"] == 0.1
+        assert optimizer.param_groups[0]["lr"] == 0.05
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_two_dynamics_on_one_optimizer_are_refused() -> None:
+    model, _, optimizer, watch = _setup()
+    with ls.Dynamics(model, watch, optimizer):
+        with pytest.raises(ConfigError, match="has dynamics already"):
+            ls.Dynamics(model, _Factor(), optimizer)
+        model(**_batch()).loss.backward()
+        optimizer.step()
+    ls.Dynamics(model, _Factor(), optimizer).close()
+    assert len(watch.seen) == 1
+
+
+def test_after_the_wrong_rules_the_right_ones_still_resume() -> None:
+    model, adapter, optimizer, watch = _setup()
+    with ls.Dynamics(model, watch, optimizer):
+        model(**_batch()).loss.backward()
+        optimizer.step()
+        saved = optimizer.state_dict()
+    fresh = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    fresh.load_state_dict(saved)
+    with pytest.raises(TrainingError, match="other dynamics"):
+        ls.Dynamics(model, _Factor(), fresh)
+    with ls.Dynamics(model, Watch(), fresh) as driver:
+        assert driver.resumed
+        assert driver.steps == 1
+
+
+def test_a_batch_without_a_task_has_none() -> None:
+    model, _, optimizer, watch = _setup()
+    with ls.Dynamics(model, watch, optimizer) as driver:
+        model(**_batch(0), task="a").loss.backward()
+        model(**_batch(1)).loss.backward()
+        optimizer.step()
+        driver.select("b")  # said by hand, it holds until something else is said
+        model(**_batch(0)).loss.backward()
+        model(**_batch(1)).loss.backward()
+        optimizer.step()
+    one, two = (step.statistics for step in watch.seen)
+    assert list(one.tasks) == ["a"]
+    assert float(one.tasks["a"][1]) == float(one.tokens) / 2  # type: ignore[arg-type]
+    assert float(two.tasks["b"][1]) == float(two.tokens)  # type: ignore[arg-type]
+
+
+def test_a_mean_over_no_tokens_says_nothing() -> None:
+    model, _, optimizer, watch = _setup(needs=("entropy",))
+    nan = torch.tensor(math.nan)
+    with ls.Dynamics(model, watch, optimizer, observe="manual") as driver:
+        model(**_batch()).loss.backward()
+        driver.observe(loss=nan, entropy=nan, tokens=0)
+        driver.observe(loss=torch.tensor(2.0), entropy=torch.tensor(1.0), tokens=5)
+        optimizer.step()
+    (step,) = watch.seen
+    assert float(step.statistics.loss) == 2.0  # type: ignore[arg-type]
+    assert float(step.statistics.entropy) == 1.0  # type: ignore[arg-type]
+
+
+def test_loaded_state_of_an_added_parameter_goes_where_the_parameter_is() -> None:
+    """Trainer loads ``optimizer.pt`` onto the CPU, wherever the model is."""
+    model, _, optimizer, watch = _setup()
+    with ls.Dynamics(model, watch, optimizer) as driver:
+        driver.context.stash["new"] = {"exp_avg": torch.zeros(2), "step": torch.zeros(())}
+        parameter = nn.Parameter(torch.empty(2, device="meta"))
+        driver.context.add_parameter("new", parameter)
+        state = optimizer.state[parameter]
+        assert state["exp_avg"].device.type == "meta"
+        assert state["step"].device.type == "cpu"

@@ -21,9 +21,8 @@ from lorasmith.dynamics import Dynamics, Statistics, Step, find_sites
 from lorasmith.dynamics.orthogonality import (
     OrthogonalityPenalty,
     Penalty,
-    average_shadow,
     effective_rank,
-    pseudo_inverse,
+    refresh_shadow,
     shadow_penalty,
     shadow_penalty_gradient,
     spectral_penalty,
@@ -71,6 +70,12 @@ def dense_shadow(A: Tensor, B: Tensor, S: Tensor) -> Tensor:
     P = M @ S.T if M.shape[0] <= M.shape[1] else M.T @ S
     eye = torch.eye(P.shape[0], dtype=P.dtype)
     return torch.sqrt(torch.sum((P - eye) ** 2) + 1e-8)
+
+
+def pseudo_inverse(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """pinv(B A)ᵀ in factors: what a refresh makes of nothing."""
+    U, V = B.new_zeros(B.shape), A.mT.new_zeros(A.mT.shape)
+    return refresh_shadow(U, V, A, B, 0.0, A.shape[0], 0.0)[:2]
 
 
 def _relative(got: Tensor, wanted: Tensor) -> float:
@@ -266,8 +271,14 @@ def test_pseudo_inverse_of_rank_deficient_factors() -> None:
     A, B = _factors(12, 9, 4)
     B[:, 3] = B[:, 0]
     B[:, 2] = 0.0
-    N, Q = pseudo_inverse(A, B, rtol=1e-9)
-    torch.testing.assert_close(N @ Q.T, torch.linalg.pinv(B @ A, rtol=1e-9).T)
+    wanted = torch.linalg.pinv(B @ A, rtol=1e-6).T
+    N, Q = pseudo_inverse(A, B)
+    torch.testing.assert_close(N @ Q.T, wanted)
+    N, Q = pseudo_inverse(A.float(), B.float())
+    assert _relative(N @ Q.T, wanted) < 1e-6
+    for factors in ((A, 0 * B), (0 * A, B)):
+        N, Q = pseudo_inverse(*factors)
+        assert float(N.norm() + Q.norm()) == 0
 
 
 @given(st.integers(8, 20), st.integers(8, 20), st.integers(1, 4), seeds, st.floats(0, 0.99))
@@ -277,10 +288,9 @@ def test_the_average_is_the_dense_one_and_what_is_dropped_is_told(
     A, B = _factors(d_out, d_in, r, seed)
     C, D = _factors(d_out, d_in, r, seed + 1)
     U, V = pseudo_inverse(A, B)
-    N, Q = pseudo_inverse(C, D)
-    dense = m * U @ V.T + (1 - m) * N @ Q.T
+    dense = m * U @ V.T + (1 - m) * torch.linalg.pinv(D @ C, rtol=d_out * 1.2e-7).T
     for rank in (r, 2 * r):
-        new_U, new_V, dropped = average_shadow(U, V, N, Q, m, rank, 0.0)
+        new_U, new_V, dropped = refresh_shadow(U, V, C, D, m, rank, 0.0)
         assert new_U.shape == (d_out, rank)
         error = float((new_U @ new_V.T - dense).norm())
         size = float(dense.norm())
@@ -292,14 +302,58 @@ def test_the_average_is_the_dense_one_and_what_is_dropped_is_told(
         torch.testing.assert_close(gram, torch.eye(len(gram), dtype=F64), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("moved", [1.0, 1e-2, 1e-4, 1e-6, 1e-8])
+@pytest.mark.parametrize("condition", [1.0, 1e3])
+def test_the_average_in_float32_however_little_is_new(moved: float, condition: float) -> None:
+    """What is left of B beyond U is then small, and full of rounding."""
+    d, r, m = 300, 6, 0.9
+    A, B = (t.float() for t in _factors(d, d, r))
+    C, D = (t.float() for t in _factors(d, d, r, 1))
+    U, V, _ = refresh_shadow(*pseudo_inverse(C, D), A, B, m, 2 * r, 1e-6)
+    A = (A + moved * C) * torch.logspace(0, -math.log10(condition), r)[:, None]
+    B = B + moved * D.flip(0)
+    inverse = torch.linalg.pinv(B.double() @ A.double(), rtol=d * 1.2e-7).T
+    dense = m * U.double() @ V.double().T + (1 - m) * inverse
+    new_U, new_V, dropped = refresh_shadow(U, V, A, B, m, 2 * r, 1e-6)
+    size = float(dense.norm())
+    best = float(torch.linalg.svdvals(dense)[2 * r :].norm())
+    error = float((new_U.double() @ new_V.double().T - dense).norm())
+    assert error == pytest.approx(best, abs=2e-6 * size)
+    assert float(dropped) == pytest.approx(best, abs=2e-6 * size)
+    torch.testing.assert_close(new_V.T @ new_V, torch.eye(2 * r), atol=2e-6, rtol=0)
+    gram = (new_U.T @ new_U).double()
+    scale = new_U.double().norm(dim=0).clamp(min=1e-5 * size)
+    torch.testing.assert_close(
+        gram / scale / scale[:, None],
+        torch.diag(gram.diagonal() / scale**2),
+        atol=1e-4,
+        rtol=0,
+    )
+
+
+def test_a_batch_of_refreshes_is_its_members() -> None:
+    pairs = [tuple(t.float() for t in _factors(16, 11, 3, seed)) for seed in range(3)]
+    pairs[1] = (pairs[1][0], torch.zeros_like(pairs[1][1]))
+    A, B = (torch.stack(t) for t in zip(*pairs, strict=True))
+    U, V = torch.zeros(3, 16, 6), torch.zeros(3, 11, 6)
+    m = torch.tensor([0.0, 0.5, 0.9], dtype=F64)
+    for _ in range(2):
+        U, V, dropped = refresh_shadow(U, V, A + 0.1, B, m[:, None, None], 6, 1e-6)
+    for i, (a, b) in enumerate(pairs):
+        u, v = torch.zeros(16, 6), torch.zeros(11, 6)
+        for _ in range(2):
+            u, v, lost = refresh_shadow(u, v, a + 0.1, b, float(m[i]), 6, 1e-6)
+        torch.testing.assert_close(U[i] @ V[i].T, u @ v.T, rtol=1e-5, atol=1e-6)
+        assert float(dropped[i]) == pytest.approx(float(lost), abs=1e-6)
+
+
 def test_averaging_the_same_again_is_exact() -> None:
     """Directions that are there already are the hard case of any appended basis."""
-    U, V = pseudo_inverse(*_factors(16, 11, 3))
-    dense = U @ V.T
+    A, B = _factors(16, 11, 3)
+    U, V = pseudo_inverse(A, B)
+    dense = torch.linalg.pinv(B @ A).T
     for _ in range(20):
-        U, V, dropped = average_shadow(
-            U.float(), V.float(), *pseudo_inverse(*_factors(16, 11, 3)), 0.9, 6, 1e-6
-        )
+        U, V, dropped = refresh_shadow(U.float(), V.float(), A.float(), B.float(), 0.9, 6, 1e-6)
         assert _relative(U @ V.T, dense) < 1e-6
         assert float(dropped) < 1e-5 * float(dense.norm())
 

@@ -539,3 +539,25 @@ def test_a_parameter_group_without_gradients_is_not_penalised() -> None:
     rule = bound(RotationBudget(5.0, kind="penalty"), model)
     rule.before_step(Step(0, Statistics(), torch.optim.SGD(adapter_parameters(model))))
     assert all(p.grad is None for p in adapter_parameters(model))
+
+
+def test_what_a_rule_makes_at_the_end_is_brought_back_too() -> None:
+    """The stress controller merges task adapters when training ends."""
+
+    class Merges(ls.Dynamic):
+        name = "merges"
+
+        def close(self) -> None:
+            with torch.no_grad():
+                for site in self.context.sites:
+                    site.B.fill_(3.0)
+            self.context.refresh([self.context.adapter])
+
+    model = llama()
+    adapter = ls.attach(model, ls.LoRAConfig(r=2))
+    rule = RotationBudget(2.0)
+    with ls.Dynamics(model, [Merges(), rule], torch.optim.SGD(adapter.parameters(), lr=0.1)):
+        pass
+    angles = torch.cat(list(rule.angles().values()))
+    assert float(angles.max()) <= 2.0
+    assert float(angles.max()) > 1.9

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lorasmith as ls
+from lorasmith.core.adapter import get_adapter
 from lorasmith.dynamics.driver import Dynamics
 from lorasmith.dynamics.protocol import Statistics, Step
 from lorasmith.dynamics.sites import find_sites
@@ -927,3 +928,63 @@ def test_task_names_become_different_adapter_names() -> None:
     model = _llama()
     for name in names:
         ls.attach(model, ls.LoRAConfig(r=2, targets=["q_proj"]), name=name)
+
+
+def test_a_step_without_a_supervised_token_has_no_loss() -> None:
+    model = _llama()
+    rule = StressController()
+    optimizer = _optimizer(model)
+    with ls.Dynamics(model, rule, optimizer, observe="manual") as driver:
+        for tokens in (5, 5, 0, 5):
+            driver.observe(loss=torch.tensor(4.0 if tokens else math.nan), tokens=tokens)
+            optimizer.step()
+    assert [record.event for record in rule.history] == [""] * 4
+    assert rule._baselines[""].fast == 4.0
+
+
+def test_an_adapter_of_ones_own_is_never_overwritten() -> None:
+    """A second run would otherwise overwrite, and then delete, what the first one kept."""
+    model = _llama()
+    own = ls.attach(model, ls.LoRAConfig(r=2, targets=["q_proj"]), name="default-up")
+    before = [p.detach().clone() for p in own.parameters()]
+    optimizer = torch.optim.AdamW(get_adapter(model, "default").parameters(), lr=1e-2)
+    with pytest.raises(ConfigError, match="'default-up' already"):
+        Dynamics(model, StressController(), optimizer, adapter="default", tasks=["up", "down"])
+    with Dynamics(model, StressController(), optimizer, adapter="default") as driver:
+        driver.select("up")  # one task alone needs no adapter of its own
+        with pytest.raises(ConfigError, match="'default-up' already"):
+            driver.select("down")
+    assert all(map(torch.equal, before, own.parameters()))
+
+
+def test_resume_in_multi_whatever_the_order_of_the_rules() -> None:
+    """Shadows of task adapters can be loaded once the adapters are there."""
+
+    def start() -> tuple[nn.Module, torch.optim.AdamW, list[ls.Dynamic]]:
+        model = _llama()
+        rules = [
+            ls.EntropyGovernor(ls.OrthogonalityPenalty("shadow", refresh_every=2)),
+            ls.GaugeProjection(),
+            StressController(),
+        ]
+        return model, _optimizer(model), rules
+
+    model, optimizer, rules = start()
+    with Dynamics(model, rules, optimizer, tasks=["up", "down"]):
+        _train(model, optimizer, range(4), _alternate)
+        with torch.no_grad():
+            rules[-1]._enter_multi()  # type: ignore[attr-defined]
+        _train(model, optimizer, range(4, 9), _alternate)
+        file = io.BytesIO()
+        torch.save((optimizer.state_dict(), get_adapter(model, "default").state_dict()), file)
+        _train(model, optimizer, range(9, 14), _alternate)
+    file.seek(0)
+    state, adapter = torch.load(file, weights_only=True)
+    again, other, rules = start()
+    get_adapter(again, "default").load_state_dict(adapter)
+    other.load_state_dict(state)
+    with Dynamics(again, rules, other, tasks=["up", "down"]) as driver:
+        assert driver.resumed
+        _train(again, other, range(9, 14), _alternate)
+    pairs = zip(model.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(one, two) for one, two in pairs)

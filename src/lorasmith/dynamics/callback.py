@@ -18,7 +18,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorasmith.dynamics.driver import Dynamics
+from lorasmith.dynamics.driver import Dynamics, as_rules
 from lorasmith.dynamics.protocol import Dynamic
 from lorasmith.errors import MissingDependencyError
 
@@ -58,7 +58,7 @@ class DynamicsCallback(TrainerCallback):
         adapter: str | None = None,
         tasks: Sequence[str] = (),
     ) -> None:
-        self.rules = (rules,) if isinstance(rules, Dynamic) else tuple(rules)
+        self.rules = as_rules(rules)
         self.adapter = adapter
         self.tasks = tuple(tasks)
         self.driver: Dynamics | None = None

@@ -122,8 +122,7 @@ class Context:
             state = self.optimizer.state.get(like)
         if state:
             self.optimizer.state[parameter] = {
-                key: value.clone() if isinstance(value, Tensor) else value
-                for key, value in state.items()
+                key: _on_device_of(parameter, value, key, group) for key, value in state.items()
             }
 
     def remove_parameter(self, parameter: nn.Parameter) -> None:
@@ -135,6 +134,15 @@ class Context:
                 group["param_names"][:] = [n for n in group["param_names"] if n != name]
         self.optimizer.state.pop(parameter, None)
         del self.added[name]
+
+
+def _on_device_of(parameter: Tensor, value: Any, key: str, group: Mapping[str, Any]) -> Any:
+    """A copy of optimiser state where the optimiser wants it: a checkpoint may be on the CPU."""
+    if not isinstance(value, Tensor):
+        return value
+    if key == "step" and not (group.get("capturable") or group.get("fused")):
+        return value.clone()
+    return value.to(parameter.device, copy=True)
 
 
 def _holds(group: Mapping[str, Any], parameter: nn.Parameter) -> bool:
@@ -229,7 +237,7 @@ class Dynamics:
         tasks: Sequence[str] = (),
         observe: Literal["auto", "manual"] = "auto",
     ) -> None:
-        self.rules = (rules,) if isinstance(rules, Dynamic) else tuple(rules)
+        self.rules = as_rules(rules)
         _check_rules(self.rules)
         if observe not in ("auto", "manual"):
             raise ConfigError("Unknown observe.", expected="auto or manual", got=repr(observe))
@@ -241,7 +249,9 @@ class Dynamics:
         #: Whether a batch of the step came without logits and without an entropy.
         self._blind = False
         self._step: Step | None = None
-        self._rates: list[Any] = []
+        #: Groups whose learning rate is scaled at the moment, with the rate of before.
+        self._rates: list[tuple[dict[str, Any], Any]] = []
+        self._named_by_batch = False
         self._values: dict[str, float] = {}
         self._handles: list[RemovableHandle] = []
         self._device = next((p.device for p in self._inner.parameters()), torch.device("cpu"))
@@ -251,6 +261,7 @@ class Dynamics:
         name = active_adapter(model, adapter)
         self.context = Context(self._inner, raw, name, tasks, self._on_sites)
         _check_owned(raw, self.context.sites)
+        _check_alone(raw)
         bound: list[Dynamic] = []
         try:
             for rule in self.rules:
@@ -293,9 +304,12 @@ class Dynamics:
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if TASK_KEY not in kwargs:
+            if self._named_by_batch:  # the one before said its task; this one has none
+                self._tasks, self._named_by_batch = None, False
             return None
         kwargs = dict(kwargs)
         self.select(kwargs.pop(TASK_KEY))
+        self._named_by_batch = True
         return args, kwargs
 
     def select(self, task: str | int | Sequence[Any] | Tensor | None) -> None:
@@ -308,6 +322,7 @@ class Dynamics:
             task: One name for all rows, or one for each; numbers are indices into the
                 declared tasks, or names if none were declared.
         """
+        self._named_by_batch = False
         if task is None:
             self._tasks = None
             return
@@ -396,15 +411,23 @@ class Dynamics:
                     got=", ".join(sorted(set(names))),
                 )
             device = loss.device
-            count = torch.as_tensor(tokens, dtype=torch.float32, device=device)
+            count = (
+                tokens.to(device, torch.float32)
+                if isinstance(tokens, Tensor)
+                else torch.full((), float(tokens), device=device)  # nothing waits for it
+            )
             none = torch.zeros((), device=device)
+            # The mean over no tokens is NaN, and says nothing.
+            loss = torch.where(count > 0, loss.float(), none)
+            if entropy is not None:
+                entropy = torch.where(count > 0, entropy.to(device).float(), none)
             self._blind = self._blind or entropy is None
             self._sums.add(
                 names[0] if names else None,
                 [
-                    loss.float() * count,
+                    loss * count,
                     count,
-                    none if entropy is None else entropy.to(device).float() * count,
+                    none if entropy is None else entropy * count,
                     none if entropy is None else count,
                 ],
             )
@@ -444,7 +467,46 @@ class Dynamics:
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._step = None
+        self._restore_rates()  # of a step that has failed
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._begin(optimizer)
+            return None
+        # The gradients are those that the closure makes, from inside the step.
+        acting = self._acting(optimizer, closure)
+        if len(args) > 1:
+            return (args[0], acting, *args[2:]), kwargs
+        return args, {**kwargs, "closure": acting}
+
+    def _acting(
+        self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any]
+    ) -> Callable[[], Any]:
+        """The closure, and the rules once, after it has first been evaluated."""
+
+        def evaluate() -> Any:
+            loss = closure()
+            step = self._step
+            if step is None:
+                self._begin(optimizer)
+                return loss
+            # L-BFGS and its kin. What they see again belongs to no step.
+            self._sums.by_task.clear()
+            self._blind = False
+            if step.gradient_added:
+                raise TrainingError(
+                    "The optimiser evaluates its closure more than once a step, and a dynamic "
+                    "adds to the gradient once.",
+                    expected="an optimiser that evaluates once, such as AdamW or SGD",
+                    got=type(optimizer).__name__,
+                    fix="leave penalties out, or change the optimiser",
+                )
+            return loss
+
+        return evaluate
+
+    def _begin(self, optimizer: torch.optim.Optimizer) -> None:
         self._share_added_gradients()
         needs = self.needs
         statistics = self._sums.statistics(
@@ -458,16 +520,16 @@ class Dynamics:
                 got="no observation since the last optimiser step"
                 if statistics.tokens is None
                 else "a batch with its loss alone",
-                fix="give labels to the model, or call observe(logits=…, labels=…) in the loop",
+                fix="give labels to the model in training mode (model.train()), or call "
+                "observe(logits=…, labels=…) in the loop",
             )
         step = Step(self.steps, statistics, optimizer, getattr(optimizer, "grad_scale", None))
         self._step = step
         for rule in self.rules:
             rule.before_step(step)
-        self._rates = []
         if step.learning_rate_factor != 1.0:
             for group in optimizer.param_groups:
-                self._rates.append(group["lr"])
+                self._rates.append((group, group["lr"]))
                 # A new object: a tensor rate is the scheduler's, which must not see this.
                 group["lr"] = group["lr"] * step.learning_rate_factor
 
@@ -475,15 +537,17 @@ class Dynamics:
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         step, self._step = self._step, None
-        if self._rates:
-            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
-                group["lr"] = rate
-            self._rates = []
+        self._restore_rates()
         if step is None:
             return
         for rule in self.rules:
             rule.after_step(step)
         self.steps += 1
+
+    def _restore_rates(self) -> None:
+        for group, rate in self._rates:
+            group["lr"] = rate
+        self._rates = []
 
     def _share_added_gradients(self) -> None:
         """DDP knows only the parameters it was made with: averages the others' gradients."""
@@ -542,7 +606,7 @@ class Dynamics:
                 fix="resume with the same dynamics, or start anew",
             )
         self.steps = int(state["steps"])
-        for rule in self.rules:
+        for rule in sorted(self.rules, key=lambda rule: not rule.makes_sites):
             rule.load_state_dict(state["rules"][rule.name])
 
     def _into_state_dict(
@@ -592,8 +656,14 @@ class Dynamics:
                 self.context.add_parameter(name, parameter)
             return False
         self.context.stash = dict(carried["added"])
-        self.load_state_dict(carried["dynamics"])
-        self.context.stash = {}
+        try:
+            self.load_state_dict(carried["dynamics"])
+        except BaseException:
+            # For whoever tries again with the right rules; else these would start anew.
+            self.optimizer.param_groups[0][STATE_KEY] = carried
+            raise
+        finally:
+            self.context.stash = {}
         return True
 
     # -- the end -------------------------------------------------------------------------
@@ -607,6 +677,7 @@ class Dynamics:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._restore_rates()
         for rule in self.rules:
             rule.close()
 
@@ -620,6 +691,14 @@ class Dynamics:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def as_rules(rules: Dynamic | Iterable[Dynamic]) -> tuple[Dynamic, ...]:
+    """One rule or several as a tuple; what is neither is left for the check of rules."""
+    given: Any = rules
+    if isinstance(given, Dynamic | str | type) or not isinstance(given, Iterable):
+        return (given,)
+    return tuple(given)
 
 
 def _check_rules(rules: tuple[Dynamic, ...]) -> None:
@@ -636,6 +715,19 @@ def _check_rules(rules: tuple[Dynamic, ...]) -> None:
     double = sorted({n for n in names if names.count(n) > 1})
     if double:
         raise ConfigError("A dynamic is there twice.", got=", ".join(double))
+
+
+def _check_alone(optimizer: torch.optim.Optimizer) -> None:
+    """Two at once would act twice and save the state of one."""
+    owners = (getattr(h, "__self__", None) for h in optimizer._optimizer_step_pre_hooks.values())
+    other = next((o for o in owners if isinstance(o, Dynamics)), None)
+    if other is not None:
+        raise ConfigError(
+            "The optimiser has dynamics already.",
+            expected="one Dynamics with all rules, in the order in which they act",
+            got=", ".join(rule.name for rule in other.rules),
+            fix="close() the other one first, or give it all rules",
+        )
 
 
 def _check_owned(optimizer: torch.optim.Optimizer, sites: Sequence[Site]) -> None:

@@ -296,7 +296,7 @@ _COOLDOWN = 0.95
 class EntropyGovernor(Dynamic):
     """Drives a penalty with a weight that follows the entropy of the model's predictions.
 
-        ls.dynamics(model, ls.EntropyGovernor(), optimizer)
+        ls.Dynamics(model, ls.EntropyGovernor(), optimizer)
 
     The penalty is bound, driven and saved by the governor: it is not a rule of its own.
 

@@ -41,14 +41,14 @@ S is kept as U Vᵀ of rank k ≤ 2r; with H = A Aᵀ, E = A V, F = Bᵀ U [r, k
     d_out ≤ d_in:  ‖·‖² = ⟨G E UᵀU, E⟩ − 2 ⟨F, E⟩ + d_out
     else:          ‖·‖² = ⟨H F VᵀV, F⟩ − 2 ⟨F, E⟩ + d_in
 
-A refresh takes pinv(M)ᵀ from QR(B), QR(Aᵀ) and an SVD of r × r, and moves S towards it:
-S ← m' S + (1 − m') pinv(M)ᵀ, S truncated at rank 2r and where σ(S) < τ σ_1(S). The error
-against the exact mean obeys e ← m' e + ‖dropped‖_F, and is reported. m' corrects the mean for
-its start at zero as Adam does, m' = m (1 − m^(n−1)) / (1 − m^n): without (``debias=False``,
-as published) the minimum after the first refresh lies at M / (1 − m) and the penalty rewards
-growth. P has the floor √(min(d_out, d_in) − r), whatever M is; what is reported is the excess
-over it. P tells nothing of the condition of M: right after an undamped refresh M Sᵀ is a
-projector for every M.
+A refresh appends to U and V what B and Aᵀ have beyond them. In these bases all is small: it
+takes pinv(M)ᵀ there, by QR and SVD, and moves S towards it: S ← m' S + (1 − m') pinv(M)ᵀ, S
+truncated at rank 2r and where σ(S) < τ σ_1(S). The error against the exact mean obeys
+e ← m' e + ‖dropped‖_F, and is reported. m' corrects the mean for its start at zero as Adam
+does, m' = m (1 − m^(n−1)) / (1 − m^n): without (``debias=False``, as published) the minimum
+after the first refresh lies at M / (1 − m) and the penalty rewards growth. P has the floor
+√(min(d_out, d_in) − r), whatever M is; what is reported is the excess over it. P tells nothing
+of the condition of M: right after an undamped refresh M Sᵀ is a projector for every M.
 
 The cap of 2r keeps the shadow at twice the adapter's memory. The exact mean of n refreshes
 would need rank n r; what the cap costs is the dropped part, in practice old directions with
@@ -88,9 +88,8 @@ if TYPE_CHECKING:
 __all__ = [
     "OrthogonalityPenalty",
     "Penalty",
-    "average_shadow",
     "effective_rank",
-    "pseudo_inverse",
+    "refresh_shadow",
     "shadow_penalty",
     "shadow_penalty_gradient",
     "spectral_penalty",
@@ -99,6 +98,8 @@ __all__ = [
 
 #: Under the root of the shadow penalty, so that it has a gradient at 0.
 _UNDER_ROOT = 1e-8
+#: Relative: singular values below this are rounding of what is stored in float32.
+_EPS = torch.finfo(torch.float32).eps
 #: Below this ‖B‖_F a site has no shadow penalty and its shadow is not refreshed.
 _NOTHING = 1e-6
 
@@ -146,7 +147,7 @@ def _full(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.detach().to(dtype) for t in tensors)
 
 
-def _positive(x: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+def _positive(x: Tensor, floor: float | Tensor) -> tuple[Tensor, Tensor]:
     """Where x > floor, and x there with 1 elsewhere, so that dividing by it is safe."""
     there = x > floor
     return there, torch.where(there, x, torch.ones_like(x))
@@ -336,94 +337,118 @@ def shadow_penalty_gradient(
     return value, half_A / by, half_B / by
 
 
-def pseudo_inverse(A: Tensor, B: Tensor, rtol: float | None = None) -> tuple[Tensor, Tensor]:
-    """pinv(B A)ᵀ in factors, through QR: Gram matrices would square the condition number.
-
-    Args:
-        A: [..., r, d_in].
-        B: [..., d_out, r].
-        rtol: Singular values up to ``rtol`` times the largest count as 0. Default: that of
-            ``torch.linalg.pinv`` in A's dtype, max(d_out, d_in) times its precision.
-
-    Returns:
-        N [..., d_out, k], orthogonal columns that carry 1/σ (0 where σ is 0), and Q
-        [..., d_in, k], orthonormal; k = min(r, d_out, d_in); pinv(B A)ᵀ = N Qᵀ. In float32, or
-        in float64 if that is what comes in.
-    """
-    A, B = _full(A, B)
-    if rtol is None:
-        rtol = max(B.shape[-2], A.shape[-1]) * torch.finfo(A.dtype).eps
-    Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.mT)
-    R_B, R_A = _wide(R_B, R_A)
-    left, sigma, right = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    there, safe = _positive(sigma, 0.0)
-    there &= sigma > rtol * sigma[..., :1]
-    inverse = torch.where(there, 1 / safe, torch.zeros_like(safe))
-    to_N, to_Q = (left * inverse.unsqueeze(-2)).to(B.dtype), right.mT.to(A.dtype)
-    return Q_B @ to_N, Q_A @ to_Q
-
-
-def average_shadow(
+def refresh_shadow(
     U: Tensor,
     V: Tensor,
-    N: Tensor,
-    Q: Tensor,
+    A: Tensor,
+    B: Tensor,
     momentum: float | Tensor,
     rank: int,
     truncate: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """m U Vᵀ + (1 − m) N Qᵀ, back at a given rank.
+    """m U Vᵀ + (1 − m) pinv(B A)ᵀ, back at a given rank; with U = V = 0 and m = 0, pinv(B A)ᵀ.
 
-    What N and Q have beyond U and V is appended to these, orthogonalised twice, and the SVD
-    of the small core says what to keep. In float32, or float64 if that is what comes in; the
-    core in float64.
+    What B and Aᵀ have beyond U and V is appended to these. The pseudo-inverse and the mean are
+    then small matrices in those bases. Products with tall matrices are in float32, or float64
+    if that is what comes in; small matrices in float64.
 
     Args:
         U: [..., d_out, k], orthogonal columns.
         V: [..., d_in, k], orthonormal columns, or 0 where U is.
-        N: [..., d_out, l], orthogonal columns.
-        Q: [..., d_in, l], orthonormal columns.
+        A: [..., r, d_in].
+        B: [..., d_out, r].
         momentum: m, a number or a tensor that broadcasts against [..., 1, 1].
         rank: Columns of the result.
-        truncate: τ: singular values of the result below τ times its largest are dropped.
+        truncate: τ: singular values of the result below τ times its largest are dropped; below
+            1e-7 in any case, where they cannot be told from rounding.
 
     Returns:
-        U [..., d_out, rank], V [..., d_in, rank] and the Frobenius norm [...] of what was
-        dropped. Columns beyond the rank are 0.
+        U [..., d_out, rank], orthogonal columns; V [..., d_in, rank], orthonormal columns; the
+        Frobenius norm [...] of what was dropped. Columns beyond the rank are 0. Singular values
+        of B A up to max(d_out, d_in) · 1.2e-7 times its largest count as 0.
     """
-    U, V, N, Q = _full(U, V, N, Q)
-    size_U, size_N = (torch.linalg.vector_norm(t, dim=-2, keepdim=True) for t in (U, N))
-    Q_U, Q_N = (t / _positive(s, 0.0)[1] for t, s in ((U, size_U), (N, size_N)))
-    W_U, left = _appended(Q_U, Q_N)
-    W_V, right = _appended(V, Q)
-    weights = torch.cat(_wide(size_U * momentum, size_N * (1 - momentum)), -1)
-    X, sigma, Yt = torch.linalg.svd((left * weights) @ right.mT, full_matrices=False)
-    keep = sigma > truncate * sigma[..., :1]
-    kept = torch.where(keep, sigma, torch.zeros_like(sigma))
-    kept[..., rank:] = 0.0
-    dropped = torch.linalg.vector_norm(sigma - kept, dim=-1)
-    to_U = (X * kept.unsqueeze(-2))[..., :rank].to(U.dtype)
-    to_V = (Yt.mT * (kept > 0).unsqueeze(-2))[..., :rank].to(V.dtype)
-    k = U.shape[-1]
-    new_U = (Q_U @ to_U[..., :k, :]).add_(W_U @ to_U[..., k:, :])
-    new_V = (V @ to_V[..., :k, :]).add_(W_V @ to_V[..., k:, :])
-    short = rank - new_U.shape[-1]
-    if short > 0:
-        new_U, new_V = (torch.nn.functional.pad(t, (0, short)) for t in (new_U, new_V))
-    return new_U, new_V, dropped
+    U, V, A, B = _full(U, V, A, B)
+    (sizes,) = _wide(torch.linalg.vector_norm(U, dim=-2).unsqueeze(-1))
+    by_U, by_V = 1 / _positive(sizes, 0.0)[1], torch.ones_like(sizes)
+    sides = (_Side.of(U, by_U, B), _Side.of(V, by_V, A.mT))
+    coordinates, norms, to_W = _append(sides)
+    # QR once more, of small matrices: a Gram matrix would square the condition number.
+    Q, R = torch.linalg.qr(coordinates)
+    left, sigma, right = torch.linalg.svd((R[0] * (norms[0] * norms[1])) @ R[1].mT)
+    there, safe = _positive(sigma, max(B.shape[-2], A.shape[-1]) * _EPS * sigma[..., :1])
+    inverse = torch.where(there, 1 / safe, 0.0).unsqueeze(-2)
+    core = (Q[0] @ (left * inverse * (1 - momentum))) @ (Q[1] @ right.mT).mT
+    core.diagonal(dim1=-2, dim2=-1)[..., : U.shape[-1]] += (sizes * momentum).squeeze(-1)
+    # An eigenproblem costs half of an SVD. It gives the right singular vectors; the left ones
+    # and the singular values come from the product, which squares nothing.
+    Y = torch.linalg.eigh(core.mT @ core)[1].flip(-1)
+    X = core @ Y
+    sigma = torch.linalg.vector_norm(X, dim=-2, keepdim=True)
+    keep = sigma > max(truncate, _EPS) * sigma[..., :1]
+    keep[..., rank:] = False
+    dropped = torch.linalg.vector_norm(torch.where(keep, 0.0, sigma), dim=(-2, -1))
+    found = []
+    for side, small, to in zip(sides, (X, Y), to_W, strict=True):
+        tall = side.combined(torch.where(keep, small, 0.0)[..., :rank], to)
+        short = rank - tall.shape[-1]
+        found.append(torch.nn.functional.pad(tall, (0, short)) if short > 0 else tall)
+    return found[0], found[1], dropped
 
 
-def _appended(Q: Tensor, N: Tensor) -> tuple[Tensor, Tensor]:
-    """W, orthonormal and orthogonal to Q, and T, small and in float64, with [Q, N] = [Q, W] T."""
-    first = Q.mT @ N
-    W = N - Q @ first
-    second = Q.mT @ W  # twice is enough, whatever the angle between Q and N
-    W, R = torch.linalg.qr(W - Q @ second)
-    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device).expand(*Q.shape[:-2], -1, -1)
-    below = torch.cat((R.new_zeros(*R.shape[:-1], Q.shape[-1]), R), -1)
-    (T,) = _wide(torch.cat((torch.cat((eye, first + second), -1), below), -2))
-    return W, T
+@dataclass(frozen=True)
+class _Side:
+    """An orthonormal basis Q [..., d, k], and what N [..., d, r] has beyond it.
+
+    Q is kept as Q = T / norms. P = N − Q QᵀN is orthogonal to Q but for rounding, which counts
+    where P is small: E = QᵀP is what is left.
+    """
+
+    T: Tensor
+    #: 1 / norms of T's columns [..., k, 1]; QᵀN, E [..., k, r] and PᵀP [..., r, r]: float64.
+    by: Tensor
+    inside: Tensor
+    P: Tensor
+    E: Tensor
+    gram: Tensor
+
+    @classmethod
+    def of(cls, T: Tensor, by: Tensor, N: Tensor) -> _Side:
+        inside = _wide(T.mT @ N)[0] * by
+        P = (T @ (inside * -by).to(T.dtype)).add_(N)
+        E, wide = _wide(T.mT @ P, P)
+        return cls(T, by, inside, P, by * E, wide.mT @ wide)
+
+    def combined(self, X: Tensor, to_W: Tensor) -> Tensor:
+        """[Q, W] X with W = (P − Q E) to_W, for X [..., k + r, n] of float64."""
+        k = self.T.shape[-1]
+        below = to_W @ X[..., k:, :]
+        above = self.by * (X[..., :k, :] - self.E @ below)
+        return (self.T @ above.to(self.T.dtype)).add_(self.P @ below.to(self.T.dtype))
+
+
+def _append(sides: tuple[_Side, _Side]) -> tuple[Tensor, Tensor, Tensor]:
+    """N in an orthonormal basis [Q, W]; both sides in the first dimension, float64.
+
+    Returns:
+        N's coordinates, each column divided by its norm [2, ..., k + r, r], the norms
+        [2, ..., 1, r], and ``to_W`` [2, ..., r, r] (see :class:`_Side`), of which columns are 0
+        where N has fewer directions beyond Q.
+    """
+    inside, E, gram = (
+        torch.stack(t) for t in zip(*((s.inside, s.E, s.gram) for s in sides), strict=True)
+    )
+    inside, gram = inside + E, gram - E.mT @ E  # twice is enough, whatever the angle to Q
+    squares = inside.square().sum(-2) + gram.diagonal(dim1=-2, dim2=-1)
+    norms = _positive(squares, 0.0)[1].sqrt().unsqueeze(-2)
+    values, vectors = torch.linalg.eigh(gram / (norms.mT * norms))
+    # What is below the rounding of N, or of the Gram matrix, is no direction.
+    relative = 4 * values.shape[-1] * torch.finfo(values.dtype).eps
+    floor = relative * values[..., -1:] + (4 * torch.finfo(sides[0].T.dtype).eps) ** 2
+    there, safe = _positive(values, floor)
+    roots, there = safe.sqrt().unsqueeze(-2), there.unsqueeze(-2)
+    outside = torch.where(there, vectors * roots, 0.0).mT
+    to_W = torch.where(there, vectors / roots, 0.0) / norms.mT
+    return torch.cat((inside / norms, outside), -2), norms, to_W
 
 
 # -- the rule ------------------------------------------------------------------------------
@@ -617,7 +642,6 @@ class OrthogonalityPenalty(Dynamic):
                 torch.zeros(shape[0], dtype=torch.float64, device=A.device),
                 torch.zeros(shape[0], dtype=torch.float64, device=A.device),
             )
-            rtol = max(B.shape[-2], A.shape[-1]) * torch.finfo(torch.float32).eps
             finite, A, B = _finite(A, B)
             with no_autocast(A):
                 found = _something(A, B) & finite
@@ -626,13 +650,8 @@ class OrthogonalityPenalty(Dynamic):
                 if self.debias:
                     m = self.momentum
                     momentum = m * (1 - m ** (count - 1)) / (1 - m ** count.clamp(min=1))
-                U, V, dropped = average_shadow(
-                    old.U,
-                    old.V,
-                    *pseudo_inverse(A, B, rtol),
-                    momentum[:, None, None],
-                    shape[1],
-                    self.truncate,
+                U, V, dropped = refresh_shadow(
+                    old.U, old.V, A, B, momentum[:, None, None], shape[1], self.truncate
                 )
             where = found[:, None, None]
             new = _Shadow(

@@ -129,6 +129,8 @@ class Step:
         self.statistics = statistics
         self.optimizer = optimizer
         self.skipped = False
+        #: Whether a rule has added to a gradient.
+        self.gradient_added = False
         self._gradient_scale = gradient_scale
         #: Product of the factors asked for; the driver applies and takes back.
         self.learning_rate_factor = 1.0
@@ -147,6 +149,7 @@ class Step:
         """
         if parameter.grad is None:
             return
+        self.gradient_added = True
         if self._gradient_scale is not None:  # a fused optimiser unscales by itself
             gradient = gradient * self._gradient_scale
         parameter.grad.add_(gradient.to(parameter.grad.dtype))
@@ -173,6 +176,9 @@ class Dynamic:
     name: ClassVar[str]
     #: What must be observed for it.
     needs: frozenset[Need] = frozenset()
+    #: Whether it adds and removes adapters; its state is loaded before that of the others,
+    #: which may be of layers that are there only then.
+    makes_sites: ClassVar[bool] = False
 
     #: Set by :meth:`bind`.
     context: Context

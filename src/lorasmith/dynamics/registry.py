@@ -223,7 +223,7 @@ def make_dynamics(
             get_dynamic(name)  # a misspelt name is the likelier mistake
             raise ConfigError(
                 f"There are options for the dynamic {name!r}, which is not switched on.",
-                expected=", ".join(wanted) or "dynamics",
+                expected=f"options of {', '.join(wanted)}" if wanted else "no options",
                 got=name,
                 fix=f"add {name} to dynamics",
                 key=f"dynamics_options.{name}",

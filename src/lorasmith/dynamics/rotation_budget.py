@@ -45,6 +45,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
@@ -265,19 +266,24 @@ class RotationBudget(Dynamic):
         kind: Literal["projection", "penalty"] = "projection",
         weight: float = 1.0,
     ) -> None:
-        _check_number("max_deg", max_deg, 0 < max_deg < 90, "above 0 and below 90 degrees")
-        _check_number("weight", weight, weight > 0, "above 0")
+        _check_number("max_deg", max_deg, 90, "above 0 and below 90 degrees")
+        _check_number("weight", weight, math.inf, "above 0")
         for key, value, allowed in (
             ("per", per, ("head", "projection")),
             ("kind", kind, ("projection", "penalty")),
         ):
             if value not in allowed:
                 raise ConfigError(
-                    f"{key} cannot be {value!r}.", expected=" or ".join(allowed), key=key
+                    f"{key} cannot be {value!r}.",
+                    expected=" or ".join(allowed),
+                    got=repr(value),
+                    key=key,
                 )
         self.max_deg, self.per, self.kind, self.weight = max_deg, per, kind, weight
         self._limit = math.radians(max_deg)
         self._groups: list[list[_Watched]] = []
+        #: Whether the sites have changed since they were last brought back.
+        self._unseen = False
 
     # -- what is watched -----------------------------------------------------------------
 
@@ -285,6 +291,7 @@ class RotationBudget(Dynamic):
         """Gets to know the model."""
         self._groups = []  # what is kept of the weights of another model
         super().bind(context)
+        self._unseen = False
 
     def on_sites(self, sites: Sequence[Site]) -> None:
         """Finds the units of each site."""
@@ -301,6 +308,7 @@ class RotationBudget(Dynamic):
                 watched.squared, watched.version = old.squared, old.version
             groups.setdefault(watched.group(), []).append(watched)
         self._groups = [part for group in groups.values() for part in _chunks(group)]
+        self._unseen = True
         if self.per == "head" and not layouts:
             warnings.warn(
                 f"The heads of {type(model).__name__} are not known: the rotation budget is "
@@ -355,6 +363,7 @@ class RotationBudget(Dynamic):
         for batch, path in self._suspects():
             with no_autocast(batch.A):
                 self._project(batch, path)
+        self._unseen = False
 
     def _suspects(self) -> Iterator[tuple[_Batch, Path]]:
         """The sites that may be beyond; on CPU only those that cannot be told to be within.
@@ -427,6 +436,11 @@ class RotationBudget(Dynamic):
             monotone=path.inner[1] is None,
         )
         return torch.where(beyond, t, torch.ones_like(t)).expand(-1, path.squared.shape[1])
+
+    def close(self) -> None:
+        """Brings back what a rule before this one has made at the end (task adapters merged)."""
+        if self.kind == "projection" and self._unseen:
+            self.project()
 
     # -- penalty -------------------------------------------------------------------------
 
@@ -567,6 +581,9 @@ def _refuse_moved_weights(model: nn.Module, adapters: set[str]) -> None:
             )
 
 
-def _check_number(key: str, value: float, usable: bool, expected: str) -> None:
-    if isinstance(value, bool) or not math.isfinite(value) or not usable:
-        raise ConfigError(f"{key} cannot be {value!r}.", expected=expected, got=value, key=key)
+def _check_number(key: str, value: Any, below: float, expected: str) -> None:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not 0 < value < below:
+        raise ConfigError(
+            f"{key} cannot be {value!r}.", expected=f"a number {expected}", got=repr(value), key=key
+        )

@@ -54,7 +54,7 @@ def find_sites(model: nn.Module, adapter: str | None = None) -> tuple[Site, ...]
             "None of the adapter's layers has two factors that are trained.",
             expected="layers whose A and B are parameters with requires_grad: LoRA, rsLoRA, DoRA",
             got=_why(next(iter(found.values()))) + f" on all {len(found)} layers",
-            fix="use a dynamic that needs no factors, or another variant",
+            fix="train both factors of a LoRA, rsLoRA or DoRA adapter",
         )
     return sites
 

@@ -187,6 +187,7 @@ class StressController(Dynamic):
 
     name = "stress"
     needs: frozenset[Need] = frozenset({"tasks"})
+    makes_sites = True
 
     def __init__(
         self,
@@ -272,6 +273,8 @@ class StressController(Dynamic):
         self._started = False
         self._baselines: dict[str, _Baseline] = {}
         self._tasks: list[str] = []
+        #: Names of the task adapters that are this controller's to write to and take off.
+        self._born: set[str] = set()
         self._selected: tuple[str, ...] = ()
         self._gradients: dict[str, list[Tensor]] = {}
         self._counts: dict[str, int] = {}
@@ -337,8 +340,10 @@ class StressController(Dynamic):
         if self.task_adapters:
             self._adapters = task_adapters_of(context.model, context.adapter)
         super().bind(context)
+        self._born = set()
         if len(self._tasks) > 1:
             self._need_adapters()
+            self._check_free(*self._tasks)
         self._keys = {
             key for key, p in self._parameters_of(context.adapter).items() if p.requires_grad
         }
@@ -355,6 +360,21 @@ class StressController(Dynamic):
                 fix="StressController(task_adapters=False): Single and Mirror alone",
                 key="task_adapters",
             )
+
+    def _check_free(self, *tasks: str) -> None:
+        """Raises if a task's adapter would overwrite one of the user's."""
+        adapters = self._adapters
+        if adapters is None:
+            return
+        for task in tasks:
+            name = self._adapter_of(task)
+            if name not in self._born and adapters.exists(name):
+                raise ConfigError(
+                    f"The model has an adapter {name!r} already, which is not of this training.",
+                    expected=f"a free name: the adapter of the task {task!r} would overwrite it",
+                    got=name,
+                    fix=f"detach {name!r}, or give the task another name",
+                )
 
     def on_sites(self, sites: Sequence[Site]) -> None:
         self.sites = tuple(sites)
@@ -374,6 +394,7 @@ class StressController(Dynamic):
         self._tasks.append(task)
         if len(self._tasks) > 1:
             self._need_adapters()
+            self._check_free(*self._tasks)
         if self._multi.on:
             self._birth(task)
             self._refresh()
@@ -403,6 +424,7 @@ class StressController(Dynamic):
                 "The stress controller needs the loss of each step, and none was observed.",
                 expected="a model called with labels, or Dynamics.observe(…) in the loop",
                 got="no observation since the last optimiser step",
+                fix="give labels to the model in training mode (model.train())",
             )
         for task in step.statistics.tasks:
             self._meet(task)
@@ -423,7 +445,8 @@ class StressController(Dynamic):
             step.skip()
             stress = self._own_error = 1.0
         else:
-            self._see(values)
+            if values["tokens"][0] > 0:  # a step without a supervised token has no loss
+                self._see(values)
             if self.anchor is not None and step.number % self.anchor_every == 0:
                 self.memory = self._anchor_memory()
             new = self._signals()
@@ -546,7 +569,9 @@ class StressController(Dynamic):
         """Everything that the host must know, in one transfer."""
         loss = step.statistics.loss
         assert loss is not None
-        parts = {"loss": loss.reshape(1)}
+        tokens = step.statistics.tokens
+        assert tokens is not None  # it comes with the loss
+        parts = {"loss": loss.reshape(1), "tokens": tokens.reshape(1)}
         # Norms that overflow (entries above 1e19) count as not finite: such a step is none.
         dense = [g for g in gradients if not g.is_sparse and g.numel()]
         norms = [n.float() for n in torch._foreach_norm(dense)] if dense else []
@@ -786,7 +811,9 @@ class StressController(Dynamic):
         shared = adapters.parameters(self.context.adapter)
         flags = {key: p.requires_grad for key, p in shared.items()}
         name = self._adapter_of(task)
+        self._check_free(task)
         adapters.copy(name)
+        self._born.add(name)
         for key, flag in flags.items():  # PEFT sets flags when it adds
             shared[key].requires_grad_(flag)
         known = {id(p) for g in self.context.optimizer.param_groups for p in g["params"]}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import json
 import math
 import os
 import re
@@ -131,6 +132,10 @@ class Table:
         rows: The rows, each as long as ``columns``.
         caption: A sentence below the heading.
         sortable: Whether a click on a heading sorts. Turn it off where order has a meaning.
+        search: Whether to offer a field that filters rows, and a choice of value for each text
+            column of few different values.
+        page: Rows to show at a time, if there are more. Others are kept as data, not as
+            elements, so that thousands of rows do not make the page slow.
     """
 
     title: str
@@ -138,8 +143,17 @@ class Table:
     rows: tuple[tuple[Cell | Value, ...], ...]
     caption: str = ""
     sortable: bool = True
+    search: bool = False
+    page: int | None = None
 
     def __post_init__(self) -> None:
+        if self.page is not None and self.page < 1:
+            raise ConfigError(
+                f"the table {self.title!r} shows no rows",
+                expected="page of 1 or more, or None for all rows at once",
+                got=repr(self.page),
+                key="page",
+            )
         for number, row in enumerate(self.rows):
             if len(row) != len(self.columns):
                 raise ConfigError(
@@ -249,6 +263,7 @@ def render_report(
     sections: Sequence[Section] = (),
     footer: str = "",
     generated: datetime | None = None,
+    data: Mapping[str, object] | None = None,
 ) -> str:
     """The report as HTML text.
 
@@ -259,6 +274,8 @@ def render_report(
         sections: The body.
         footer: A line at the end, for example the command that made the report.
         generated: When the report was made; default: now, in local time.
+        data: What the report was made of, for programs: put into the page as JSON, in the
+            element ``<script type="application/json" id="data">``. No NaN and no infinity.
 
     Returns:
         A whole HTML document. Every text is escaped; control characters and lone
@@ -282,6 +299,7 @@ def render_report(
         style=(_TEMPLATES / "report.css").read_text(encoding="utf-8"),
         script=script,
         script_digest=digest,
+        data=data,
     )
     return _TRAILING.sub("", html)
 
@@ -295,6 +313,7 @@ def write_report(
     sections: Sequence[Section] = (),
     footer: str = "",
     generated: datetime | None = None,
+    data: Mapping[str, object] | None = None,
 ) -> Path:
     """Write the report to one HTML file; see :func:`render_report` for the arguments.
 
@@ -309,6 +328,7 @@ def write_report(
         sections: The body.
         footer: A line at the end.
         generated: When the report was made.
+        data: What the report was made of, for programs.
 
     Returns:
         The path written.
@@ -324,6 +344,7 @@ def write_report(
         sections=sections,
         footer=footer,
         generated=generated,
+        data=data,
     )
     target = Path(path)
     try:
@@ -391,6 +412,8 @@ def _template() -> Template:
         "shown": _shown,
         "sort_key": _sort_key,
         "kind_of": lambda block: type(block).__name__.lower(),
+        "row_data": lambda table: markupsafe.Markup(_json(_row_data(table))),
+        "json_data": lambda data: markupsafe.Markup(_json(data)),
         # Parsed and checked when the Figure was made, hence safe as it is.
         "inline_svg": lambda figure: markupsafe.Markup(_inline_svg(figure)),
     }
@@ -433,6 +456,55 @@ def _sort_key(value: Value) -> str | None:
         return None
     number = float(value)
     return None if math.isnan(number) else repr(number)
+
+
+def _json(value: object) -> str:
+    """JSON that can stand inside a script element: nothing in it closes it."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _row_data(table: Table) -> dict[str, object]:
+    """All rows of a table as the page's script reads them; see ``fromData`` there."""
+    columns = [c if isinstance(c, Column) else Column(c) for c in table.columns]
+    plain = [[c.value if isinstance(c, Cell) else c for c in row] for row in table.rows]
+    whole = [
+        all(isinstance(row[i], int) or row[i] is None for row in plain) for i in range(len(columns))
+    ]
+    return {
+        "columns": [
+            {"label": str(_clean(c.label)), "kind": c.kind, "digits": c.digits, "integer": w}
+            for c, w in zip(columns, whole, strict=True)
+        ],
+        "rows": [
+            [
+                _cell_data(cell, column, integer)
+                for cell, column, integer in zip(row, columns, whole, strict=True)
+            ]
+            for row in table.rows
+        ],
+    }
+
+
+def _cell_data(cell: Cell | Value, column: Column, integer: bool) -> object:
+    """What stands for itself where it can, else the shown text, its sort key and its tone."""
+    tone = cell.tone if isinstance(cell, Cell) else "neutral"
+    value = cell.value if isinstance(cell, Cell) else cell
+    if tone == "neutral":
+        if value is None:
+            return None
+        if isinstance(value, str):
+            return _clean(value)
+        regular = column.kind == "number" and not isinstance(value, bool) and math.isfinite(value)
+        if regular and integer:
+            return value
+        if regular and isinstance(value, float):
+            return float(f"{value:.9g}")
+    found: dict[str, object] = {"s": _clean(_shown(value, column)), "t": tone}
+    key = _sort_key(value)
+    if key is not None:
+        found["n"] = {"inf": "Infinity", "-inf": "-Infinity"}.get(key, key)
+    return found
 
 
 # Figures ---------------------------------------------------------------------------------
