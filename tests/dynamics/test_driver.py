@@ -656,3 +656,21 @@ def test_loaded_state_of_an_added_parameter_goes_where_the_parameter_is() -> Non
         state = optimizer.state[parameter]
         assert state["exp_avg"].device.type == "meta"
         assert state["step"].device.type == "cpu"
+
+
+@pytest.mark.parametrize("rules", ["gauge", ls.GaugeProjection, torch.optim.SGD, 3])
+def test_what_is_no_rule_is_shown_as_given(rules: Any) -> None:
+    model = llama()
+    adapter = ls.attach(model, ls.LoRAConfig(r=2))
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match="not a dynamic") as caught:
+        ls.Dynamics(model, rules, optimizer)
+    assert repr(rules) in str(caught.value)
+
+
+def test_an_adapter_without_factors_is_named() -> None:
+    model = llama()
+    adapter = ls.attach(model, ls.IA3Config())
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    with pytest.raises(UnknownNameError, match="the ia3 adapter 'default'"):
+        ls.Dynamics(model, ls.GaugeProjection(), optimizer)

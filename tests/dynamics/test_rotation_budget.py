@@ -561,3 +561,10 @@ def test_what_a_rule_makes_at_the_end_is_brought_back_too() -> None:
     angles = torch.cat(list(rule.angles().values()))
     assert float(angles.max()) <= 2.0
     assert float(angles.max()) > 1.9
+
+
+@pytest.mark.parametrize("value", ["5", None, True, float("nan"), 0, 90])
+def test_a_budget_that_is_no_number_is_refused_by_name(value: Any) -> None:
+    with pytest.raises(ConfigError, match="max_deg") as caught:
+        ls.RotationBudget(max_deg=value)
+    assert "number" in str(caught.value)
