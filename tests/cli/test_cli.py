@@ -396,6 +396,13 @@ def test_demo(call: Any, base: Path, tmp_path: Path) -> None:
     page = (output / "report.html").read_text()
     assert "Exact match" in page
     assert "<svg" in page
+    # The rotation of every head and MLP projection, and what is still known.
+    assert found["diagnosis"]["units"] == 2 * (4 + 2 + 2 + 4 + 3)
+    assert 0 < found["diagnosis"]["theta_bar_deg"] < 90
+    assert found["retention"]["kl"] >= 0
+    assert found["after"]["general_perplexity"] == found["retention"]["perplexity_after"]
+    for title in ("Rotation by layer and projection", "θ̄", "preserved", "Perplexity on held-out"):
+        assert title in page, title
     assert (output / "adapter_model.safetensors").is_file()
     # Again in the same place, with another variant, and for people.
     again = call(*arguments, "--variant", "ia3")

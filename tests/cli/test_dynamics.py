@@ -97,7 +97,15 @@ dynamics:
     assert found["config"]["dynamics"] == ["gauge", "entropy", "stress"]
     assert found["config"]["dynamics_options"]["gauge"] == {"mu": 0.1}
     assert {name for point in found["losses"] for name in point["tasks"]} == {"a", "b"}
-    # The command line wins.
+    # The command line wins, option by option.
+    options = ("--dynamics-options.stress.keep-tasks", "true", "--dynamics-options.gauge.mu", "2")
+    code, found, _ = call("train", "--config", path, "--overwrite", *options)
+    assert code == 0, found
+    assert found["config"]["dynamics_options"] == {
+        "gauge": {"mu": 2},
+        "entropy": {"penalty": {"orthogonality": {"kind": "shadow", "refresh_every": 1}}},
+        "stress": {"multi": [0.3, 0.4], "keep_tasks": True},
+    }
     code, found, _ = call("train", "--config", path, "--dynamics", "gauge", "--overwrite")
     assert code == 2
     assert found["error"]["key"].startswith("dynamics_options")

@@ -205,6 +205,25 @@ def test_gradients_are_added_once_a_step_and_not_where_there_are_none() -> None:
     assert torch.equal(watch.sites[1].B, before)
 
 
+def test_batches_whose_gradients_were_thrown_away_belong_to_no_step() -> None:
+    model, _, optimizer, watch = _setup()
+    with ls.Dynamics(model, watch, optimizer, observe="manual") as driver:
+
+        def batch(seed: int, loss: float) -> None:
+            driver.observe(loss=torch.tensor(loss), tokens=4)
+            model(**_batch(seed)).loss.backward()
+
+        batch(0, math.inf)
+        optimizer.zero_grad()  # the loop has looked at it, and goes on
+        batch(1, 2.0)
+        batch(2, 4.0)  # accumulated
+        optimizer.step()
+    loss, tokens = watch.seen[0].statistics.loss, watch.seen[0].statistics.tokens
+    assert loss is not None
+    assert tokens is not None
+    assert (float(loss), int(tokens)) == (3.0, 8)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_grad_scaler_unscales_before_the_rules_and_skips_overflows(fused: bool) -> None:
     def run(scaled: bool) -> tuple[list[Tensor], Watch]:
@@ -243,6 +262,8 @@ def test_tasks_of_rows_are_told_apart_and_never_reach_the_model() -> None:
             model(**batch, task=[2, 0, 0])
         with pytest.raises(ConfigError, match="another number of tasks"):
             model(**batch, task=["dates", "numbers"])
+        with pytest.raises(ConfigError, match="not declared"):
+            model(**batch, task="datse")
     assert watch.selected[:2] == [("numbers", "dates", "numbers"), ("numbers",)]
     tasks = watch.seen[0].statistics.tasks
     for name, rows in (("dates", [1]), ("numbers", [0, 2])):

@@ -988,3 +988,14 @@ def test_resume_in_multi_whatever_the_order_of_the_rules() -> None:
         _train(again, other, range(9, 14), _alternate)
     pairs = zip(model.parameters(), again.parameters(), strict=True)
     assert all(torch.equal(one, two) for one, two in pairs)
+
+
+def test_a_history_comes_back_from_its_file(tmp_path: Path) -> None:
+    from lorasmith.dynamics.stress_history import StressRecord, read_json, write_json
+
+    good = StressRecord(0, 0.1, 0.2, 0.3, 0.4, "multi", 1.5, "enter multi")
+    bad = StressRecord(1, 0.1, 0.2, 0.3, 0.4, "single", float("nan"), "skip: loss")
+    write_json([good, bad], tmp_path / "stress.json")
+    first, second = read_json(tmp_path / "stress.json")
+    assert first == good
+    assert math.isnan(second.loss)

@@ -32,8 +32,39 @@ def _read_config(app: App, _: tuple[str, ...], arguments: Any) -> None:
             path = Path(argument.tokens[0].value).expanduser()
             # As the values of this command, reached already: else those that are called like
             # another command ("dynamics") would be taken for that command's and left out.
-            source = Dict(read_yaml(path), use_commands_as_keys=True, source=str(path))
+            values = read_yaml(path)
+            _join_dynamics_options(arguments, values)
+            source = Dict(values, use_commands_as_keys=True, source=str(path))
             source(app, (), arguments)
+
+
+def _join_dynamics_options(arguments: Any, values: dict[str, Any]) -> None:
+    """Options of rules on the command line replace single ones of the file, not all of them."""
+    import json
+
+    argument = next((a for a in arguments if "--dynamics-options" in a.names and a.tokens), None)
+    if argument is None or not isinstance(values.get("dynamics_options"), str):
+        return
+    both: dict[str, dict[str, Any]] = {}
+
+    def add(rule: str, options: Any) -> None:
+        into = both.setdefault(rule, {})
+        into.update({key.replace("-", "_"): value for key, value in dict(options or {}).items()})
+
+    try:
+        for rule, options in json.loads(values["dynamics_options"]).items():
+            add(rule, options)
+        for token in argument.tokens:
+            if token.keys:
+                rule, option = token.keys
+                add(rule, {option: token.value})
+            else:
+                for rule, options in json.loads(token.value).items():
+                    add(rule, options)
+    except (AttributeError, TypeError, ValueError):
+        return  # what is wrong with them is said where they are used
+    first = argument.tokens[0]
+    argument.tokens[:] = [first.evolve(keys=(), value=json.dumps(both))]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -130,6 +161,10 @@ COMMANDS = {
     "generate": (
         "lorasmith.cli.generate:generate",
         "Let a model answer a prompt, with or without an adapter.",
+    ),
+    "diagnose": (
+        "lorasmith.cli.diagnose:diagnose",
+        "Measure what fine-tuning did to the weights: angles, norms, modes, spectra.",
     ),
     "info": (
         "lorasmith.cli.info:info",

@@ -18,8 +18,10 @@ from lorasmith.cli.output import Common, CommonOptions, emit, number, session, s
 from lorasmith.training.config import AdapterOptions, TrainConfig
 
 if TYPE_CHECKING:
+    from lorasmith.diagnostics.records import Retention, RotationReport
     from lorasmith.training.evaluate import EvalReport, Example, TaskReport
     from lorasmith.training.trainer import TrainResult
+    from lorasmith.web import Card
 
 __all__ = ["demo"]
 
@@ -43,7 +45,8 @@ def demo(
 
     SmolLM2-135M learns to bring written-out dates into ISO 8601. Before and after, it writes
     dates that it was not trained on, and reads English prose that has nothing to do with
-    them. The adapter and report.html are in OUTPUT.
+    them; and it is measured how far the weights have turned. The adapter and report.html are
+    in OUTPUT.
 
     Parameters
     ----------
@@ -116,7 +119,8 @@ class _Found:
         result: TrainResult,
         before: EvalReport,
         after: EvalReport,
-        general: tuple[float, float],
+        kept: Retention,
+        diagnosis: RotationReport | None,
         questions: tuple[str, ...],
         report: Path,
         seconds: float,
@@ -125,7 +129,8 @@ class _Found:
         self.config, self.result, self.report = config, result, report
         self.before, self.after = before, after
         self.questions = questions
-        self.general_before, self.general_after = general
+        self.kept, self.diagnosis = kept, diagnosis
+        self.general_before, self.general_after = kept.perplexity_before, kept.perplexity_after
         self.seconds, self.peak_memory_bytes = seconds, peak
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,6 +141,10 @@ class _Found:
             "before": self.before.to_dict(examples=0) | {"general_perplexity": self.general_before},
             "after": self.after.to_dict(examples=0) | {"general_perplexity": self.general_after},
             "examples": [asdict(e) for e in self.after.examples[:10]],
+            "retention": asdict(self.kept),
+            "diagnosis": None
+            if self.diagnosis is None
+            else self.diagnosis.to_dict()["summary"] | {"units": len(self.diagnosis.units)},
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "training": self.result.to_dict(),
@@ -177,6 +186,16 @@ class _Found:
             )
         console.print(examples)
         console.print(
+            f"Beside the task: the same likeliest token as before in {self.kept.agreement:.1%} of "
+            f"English prose, KL {self.kept.kl:.3g} nats a token."
+        )
+        if self.diagnosis is not None:
+            d = self.diagnosis
+            console.print(
+                f"Weights: θ̄ = {d.theta_bar_deg:.3g}° over {len(d.units):,} heads and projections, "
+                f"at most {d.max_theta_deg:.3g}°: {d.verdict}"
+            )
+        console.print(
             f"{self.result.trainable_parameters:,} parameters trained on {self.result.rows:,} "
             f"rows; {self.seconds:.0f} s in all, {self.result.seconds:.0f} s of them training; "
             f"peak memory {self.peak_memory_bytes / 2**30:.2f} GiB"
@@ -209,16 +228,13 @@ class _Demo:
             yield
         console.print(f"{text}: {time.perf_counter() - started:.1f} s", style="dim")
 
-    def measure(self, model: Any, tokenizer: Any, rows: Any, text: str) -> tuple[EvalReport, float]:
-        from lorasmith.training.evaluate import evaluate, perplexity
-
-        report = evaluate(model, tokenizer, rows, batch_size=50)
-        return report, perplexity(model, tokenizer, text)
-
     def run(self, config: TrainConfig, *, test_rows: int, general_characters: int) -> _Found:
+        import dataclasses
+
         from lorasmith.training.data import load_rows
-        from lorasmith.training.evaluate import general_text
+        from lorasmith.training.evaluate import evaluate, general_text
         from lorasmith.training.models import load_model
+        from lorasmith.training.retention import retention
         from lorasmith.training.trainer import peak_memory_bytes, train
 
         started = time.perf_counter()
@@ -227,17 +243,24 @@ class _Demo:
         rows = load_rows(config.data, split="test", limit=test_rows, seed=config.seed)
         text = general_text(general_characters)
         with self.phase("Measuring the base model"):
-            before, general_before = self.measure(model, tokenizer, rows, text)
+            before = evaluate(model, tokenizer, rows, batch_size=50)
         result = train(config, model=model, tokenizer=tokenizer, progress=not self.common.quiet)
         with self.phase("Measuring the adapted model"):
-            after, general_after = self.measure(model, tokenizer, rows, text)
+            after = evaluate(model, tokenizer, rows, batch_size=50)
+        with self.phase("Measuring what it still knows"):
+            # The adapter is switched off and on: the base is what it was before.
+            kept = retention(model, text, tokenizer=tokenizer)
+            kept = dataclasses.replace(kept, text="general English")
+        with self.phase("Measuring how far the weights have turned"):
+            diagnosis = _diagnosis(model, kept, str(config.output))
         path = config.output / "report.html"
         found = _Found(
             config,
             result,
             before,
             after,
-            (general_before, general_after),
+            kept,
+            diagnosis,
             tuple(rows["prompt"]) if "prompt" in rows.column_names else (),
             path,
             time.perf_counter() - started,
@@ -245,6 +268,21 @@ class _Demo:
         )
         write_demo_report(found, path)
         return found
+
+
+def _diagnosis(model: Any, kept: Retention, tuned: str) -> RotationReport | None:
+    """What the adapter on the model has done to its weights; None if it has none of its own."""
+    import dataclasses
+
+    import lorasmith as ls
+    from lorasmith.errors import FuseError
+
+    try:
+        # top=0: W's own singular vectors would take longer than the training.
+        report = ls.diagnose(model, spectrum=True, top=0)
+    except FuseError:  # what it does depends on the input, so that no weight acts like it
+        return None
+    return dataclasses.replace(report, tuned=tuned, retention=kept)
 
 
 #: Rows of the report's table of examples.
@@ -255,6 +293,7 @@ def write_demo_report(found: _Found, path: Path) -> None:
     """The demo's report.html."""
     from lorasmith.web import Card, Cell, Column, Figure, Note, Section, loss_figure, write_report
     from lorasmith.web import Table as HtmlTable
+    from lorasmith.web.diagnosis import diagnosis_sections
 
     result, before, after = found.result, found.before, found.after
     change = found.general_after / found.general_before - 1
@@ -312,6 +351,8 @@ def write_demo_report(found: _Found, path: Path) -> None:
         ),
     )
     adapter = {k: v for k, v in result.adapter.items() if v not in (None, [], {}, ())}
+    kept, diagnosis = found.kept, found.diagnosis
+    turned = () if diagnosis is None else (_rotation_card(diagnosis),)
     write_report(
         path,
         title=f"{result.base} learns {found.config.data.removeprefix('builtin:')}",
@@ -328,10 +369,12 @@ def write_demo_report(found: _Found, path: Path) -> None:
             Card(
                 "Perplexity of general English",
                 number(found.general_after),
-                f"{change:+.1%}; higher means something was forgotten",
+                f"{change:+.1%}; higher means something was forgotten. The same likeliest token "
+                f"in {kept.agreement:.1%}, KL {kept.kl:.3g} nats",
                 "good" if change < 0.02 else "warn" if change < 0.1 else "bad",
                 number(found.general_before),
             ),
+            *turned,
             Card(
                 "Training",
                 f"{result.seconds:.0f} s",
@@ -376,6 +419,7 @@ def write_demo_report(found: _Found, path: Path) -> None:
                     ),
                 ),
             ),
+            *(() if diagnosis is None else diagnosis_sections(diagnosis, level="Weights: ")),
             Section(
                 "Settings",
                 (
@@ -399,4 +443,16 @@ def write_demo_report(found: _Found, path: Path) -> None:
             ),
         ),
         footer=f"lorasmith demo -o {found.config.output}",
+    )
+
+
+def _rotation_card(diagnosis: RotationReport) -> Card:
+    """θ̄ of the demo's adapter."""
+    from lorasmith.web import Card
+
+    return Card(
+        "Rotation of the weights, θ̄",
+        f"{diagnosis.theta_bar_deg:.3g}°",
+        f"at most {diagnosis.max_theta_deg:.3g}° over {len(diagnosis.units):,} heads and "
+        f"projections; noise floor {diagnosis.floor_deg:.2g}°",
     )

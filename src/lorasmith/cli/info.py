@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from cyclopts import Parameter
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
-from lorasmith.cli.output import Common, CommonOptions, emit, grid, session
+from lorasmith.cli.output import Common, CommonOptions, emit, grid, number, session
+from lorasmith.errors import ConfigError
 
 __all__ = ["adapter_info", "info", "model_info", "outline"]
+
+#: Rank at which parameters are counted, if none is given.
+_RANK = 16
+
+#: What is told of each family.
+_COUNTED = ("r", "layers", "parameters", "note")
 
 #: Entries from which on a pattern is only counted; ``--json`` has all of it.
 _LONG = 8
@@ -19,16 +30,25 @@ _LONG = 8
 def info(
     name: str,
     *,
+    r: int | None = None,
+    targets: Annotated[tuple[str, ...] | None, Parameter(consume_multiple=True)] = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     common: CommonOptions = Common(),  # noqa: B008 - frozen
 ) -> int:
     """Describe a base model or an adapter. No weights are loaded.
 
+    Of a model also its heads, θ_crit = arcsin(1/√head_dim), and how many parameters each
+    adapter family would train on it.
+
     Parameters
     ----------
     name
         A base model (alias, hub id, path) or the directory of an adapter.
+    r
+        Rank to count the parameters at, for families that have one. Default: 16.
+    targets
+        Layers to count them on: all-linear, a role, names, globs or re:EXPRESSION.
     revision
         Branch, tag or commit of a model on the hub.
     trust_remote_code
@@ -37,12 +57,27 @@ def info(
     with session(common):
         path = Path(name).expanduser()
         if _holds_adapter(path):
+            for key, value in (("--r", r), ("--targets", targets)):
+                if value is not None:
+                    raise ConfigError(
+                        f"{key} is for base models: an adapter has what it has.",
+                        fix=f"leave {key} out, or name the base model",
+                        key=key,
+                    )
             found = adapter_info(path)
         else:
-            found = model_info(name, revision=revision, trust_remote_code=trust_remote_code)
+            found = model_info(
+                name,
+                r=_RANK if r is None else r,
+                targets=targets,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+            )
 
         def render(console: Console) -> None:
-            console.print(grid({k.replace("_", " "): shown(v) for k, v in _short(found).items()}))
+            console.print(grid({_label(k): shown(v) for k, v in _short(found).items()}))
+            if "variants" in found:
+                console.print(_variant_table(found))
 
         emit(common, found, render)
     return 0
@@ -55,9 +90,18 @@ def _holds_adapter(path: Path) -> bool:
     return not (path / "config.json").is_file() and any(path.glob("*/adapter_config.json"))
 
 
+def _label(key: str) -> str:
+    return key if key.startswith("θ") else key.replace("_", " ")
+
+
 def _short(found: dict[str, Any]) -> dict[str, Any]:
     """What people read of it: no fields that are not set, no pattern of hundreds of layers."""
-    found = dict(found)
+    found = {k: v for k, v in found.items() if k != "variants"}
+    if found.get("theta_crit_deg") is not None:
+        place = list(found).index("theta_crit_deg")
+        items = list(found.items())
+        items[place] = ("θ_crit", f"{found['theta_crit_deg']:.3g}°")
+        found = dict(items)
     if "config" in found:
         found["config"] = {
             k: f"of {len(v)} layers" if isinstance(v, dict) and len(v) > _LONG else v
@@ -111,21 +155,32 @@ def outline(name: str, config: Any, *, trust_remote_code: bool = False) -> Any:
 
 
 def model_info(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    r: int = 16,
+    targets: tuple[str, ...] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Sizes of a base model, from its configuration and a model without storage."""
+    """Sizes of a base model, from its configuration and a model without storage.
+
+    Args:
+        name: What the user calls it.
+        r: Rank to count the parameters of adapters at.
+        targets: Layers to count them on; by default each family's own.
+        revision: On the hub.
+        trust_remote_code: Whether code that comes with it may run.
+    """
+    import lorasmith as ls
+    from lorasmith.cli.variants import check_targets, describe
     from lorasmith.training.models import load_config, resolve_model
 
     resolved = resolve_model(name, revision=revision)
     config = load_config(resolved, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
     model = outline(name, config, trust_remote_code=trust_remote_code)
-    heads = getattr(text, "num_attention_heads", None)
-    hidden = getattr(text, "hidden_size", None)
-    head_dim = getattr(text, "head_dim", None)
-    if head_dim is None and heads and hidden:
-        head_dim = hidden // heads
-    return {
+    heads = head_sizes(model, text)
+    found = {
         "kind": "model",
         "name": name,
         "base": resolved.base_name,
@@ -135,16 +190,77 @@ def model_info(
         "model_type": config.model_type,
         "parameters": sum(p.numel() for p in model.parameters()),
         "layers": getattr(text, "num_hidden_layers", None),
-        "hidden": hidden,
+        "hidden": getattr(text, "hidden_size", None),
         "intermediate": getattr(text, "intermediate_size", None),
-        "heads": heads,
-        "kv_heads": getattr(text, "num_key_value_heads", None) or heads,
-        "head_dim": head_dim,
+        **heads,
         "vocabulary": getattr(text, "vocab_size", None),
         "context": getattr(text, "max_position_embeddings", None),
         "tied_embeddings": bool(getattr(text, "tie_word_embeddings", False)),
         "dtype": str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
     }
+    # A mistake in the rank or the targets is one for all families.
+    check_targets(model, r=r, targets=targets)
+    variants = (describe(v, model, r=r, targets=targets) for v in ls.variants().values())
+    found["variants"] = {one["name"]: {k: one[k] for k in _COUNTED} for one in variants}
+    return found
+
+
+def head_sizes(model: Any, config: Any) -> dict[str, Any]:
+    """Heads, key-value heads, head_dim and θ_crit in degrees, as the layers really have them.
+
+    From the attention layers' own shapes (``core.heads``): hidden size / heads is wrong for
+    models that state a head_dim, and key-value heads have as many names as there are models.
+    Where the layout of the layers is not known, what the configuration says.
+
+    Args:
+        model: A model, without storage if need be.
+        config: Its text configuration.
+    """
+    from lorasmith.core.heads import head_layout
+
+    layouts = head_layout(model)
+    sizes = Counter(layout.head_dim for layout in layouts.values())
+    counted = {
+        role: max((sum(r == role for r, _ in lay.heads) for lay in layouts.values()), default=0)
+        for role in ("q", "k")
+    }
+    heads = counted["q"] or getattr(config, "num_attention_heads", None)
+    kv_heads = counted["k"] or getattr(config, "num_key_value_heads", None) or heads
+    head_dim: int | None
+    if sizes:
+        head_dim = sizes.most_common(1)[0][0]
+    else:
+        hidden = getattr(config, "hidden_size", None)
+        own = getattr(config, "head_dim", None)
+        head_dim = own or (hidden // heads if heads and hidden else None)
+    found = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    if len(sizes) > 1:
+        found["head_dims"] = {str(size): n for size, n in sorted(sizes.items())}
+    found["theta_crit_deg"] = math.degrees(math.asin(1 / math.sqrt(head_dim))) if head_dim else None
+    return found
+
+
+def _variant_table(found: dict[str, Any]) -> Table:
+    total = found["parameters"]
+    table = Table(
+        title="Parameters that adapters would train",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("variant")
+    for heading in ("rank", "layers", "parameters", "of the model"):
+        table.add_column(heading, justify="right")
+    for name, one in found["variants"].items():
+        count = one["parameters"]
+        table.add_row(
+            name,
+            number(one["r"]),
+            number(one["layers"]),
+            number(count),
+            "–" if count is None else f"{100 * count / total:.2g}%",
+        )
+    return table
 
 
 def adapter_info(path: Path) -> dict[str, Any]:

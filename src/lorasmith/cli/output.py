@@ -3,8 +3,8 @@
 stdout carries the result and nothing else: with ``--json`` exactly one JSON object.
 Messages, progress and errors go to stderr.
 
-Exit codes: 0 done, 1 it failed, 2 it was asked for in a wrong way, 130 and 143 stopped by
-Ctrl-C and SIGTERM.
+Exit codes: 0 done, 1 it failed, 2 it was asked for in a wrong way, 3 what was measured is
+beyond a limit that the user gave, 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations

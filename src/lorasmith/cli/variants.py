@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lorasmith.core.config import AdapterConfig
     from lorasmith.core.variant import Variant
 
-__all__ = ["describe", "variants"]
+__all__ = ["check_targets", "describe", "variants"]
 
 #: ``Variant.weight_use`` → whether the variant may sit on quantised layers: as it is, or with
 #: dequantize=True, when each of them is dequantised to start or whenever it runs.
@@ -54,14 +54,12 @@ def variants(
     with session(common):
         import lorasmith as ls
         from lorasmith.cli.info import outline
-        from lorasmith.core.targets import select
         from lorasmith.training.models import load_config, resolve_model
 
         resolved = resolve_model(model, revision=revision)
         config = load_config(resolved, trust_remote_code=trust_remote_code)
         empty = outline(model, config, trust_remote_code=trust_remote_code)
-        # What would be said of every family is a mistake, not a note.
-        select(empty, _config(ls.variants()["lora"], r, targets))
+        check_targets(empty, r=r, targets=targets)
         found = [
             describe(variant, empty, r=r, targets=targets) for variant in ls.variants().values()
         ]
@@ -74,6 +72,19 @@ def variants(
         }
         emit(common, payload, lambda console: _show(console, model, total, found))
     return 0
+
+
+def check_targets(model: Any, *, r: int | None, targets: tuple[str, ...] | None) -> None:
+    """Raises what would be said of every family alike: a mistake, not a note.
+
+    Raises:
+        TargetError: No layer of the model matches.
+        ConfigError: The rank cannot be used.
+    """
+    import lorasmith as ls
+    from lorasmith.core.targets import select
+
+    select(model, _config(ls.variants()["lora"], r, targets))
 
 
 def describe(

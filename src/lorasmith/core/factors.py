@@ -43,9 +43,17 @@ def factors_of(model: nn.Module, name: str | None = None) -> dict[str, Factors]:
             "No low-rank factors were found on the model.",
             expected="adapters attached by lorasmith, PEFT layers with lora_A and lora_B, or "
             "modules that carry such parameters",
-            got=f"{type(root).__name__} with adapters {list(attached(root)) or 'none'}",
+            got=_found(root, name),
+            fix="attach one with low-rank factors (LoRA, DoRA) first",
         )
     return found
+
+
+def _found(root: nn.Module, name: str | None) -> str:
+    if not attached(root):
+        return f"{type(root).__name__} without an adapter" + (f" {name!r}" if name else "")
+    adapter = get_adapter(root, name)
+    return f"{type(root).__name__} with the {adapter.config.variant} adapter {adapter.name!r}"
 
 
 def _with_base(factors: Factors, base: BaseLayer) -> Factors:

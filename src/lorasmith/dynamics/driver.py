@@ -248,6 +248,8 @@ class Dynamics:
         self._tasks: tuple[str, ...] | None = None  # of the batch under way
         #: Whether a batch of the step came without logits and without an entropy.
         self._blind = False
+        #: Whether gradients have come since the last step.
+        self._backward = False
         self._step: Step | None = None
         #: Groups whose learning rate is scaled at the moment, with the rate of before.
         self._rates: list[tuple[dict[str, Any], Any]] = []
@@ -297,6 +299,8 @@ class Dynamics:
         keep(optimizer.register_load_state_dict_post_hook(self._after_load))
         module = self._inner
         keep(module.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True))
+        for site in self.context.sites:
+            keep(site.B.register_post_accumulate_grad_hook(self._note_backward))  # type: ignore[no-untyped-call]
         if auto:
             keep(self._inner.register_forward_hook(self._after_forward, with_kwargs=True))
 
@@ -338,7 +342,15 @@ class Dynamics:
                     expected=f"0 to {len(declared) - 1}",
                     got=value,
                 )
-            names.append(declared[value] if index else str(value))
+            name = declared[value] if index else str(value)
+            if declared and name not in declared and self._inner.training:
+                raise ConfigError(
+                    "That task was not declared.",
+                    expected=", ".join(declared),
+                    got=name,
+                    fix="name it in tasks=…, or leave tasks out and they are met as they come",
+                )
+            names.append(name)
         self._tasks = tuple(names)
         for rule in self.rules:
             rule.select(self._tasks)
@@ -391,6 +403,7 @@ class Dynamics:
         """
         if task is not None:
             self.select(task)
+        self._drop_abandoned()
         names = self._tasks
         with torch.no_grad():
             if logits is not None and labels is not None:
@@ -455,6 +468,19 @@ class Dynamics:
             zero = torch.zeros((), device=count.device)
             self._sums.add(task, [torch.where(mask, c, zero).sum() for c in by_row])
 
+    def _note_backward(self, _: Tensor) -> None:
+        self._backward = True
+
+    def _drop_abandoned(self) -> None:
+        """Forgets batches whose gradients were thrown away: the step was dropped.
+
+        ``GradScaler`` does that after an overflow, and so may a loop.
+        """
+        gone = self._backward and all(site.B.grad is None for site in self.context.sites)
+        if gone:
+            self._sums.by_task.clear()
+            self._backward = self._blind = False
+
     def _shifts(self) -> bool:
         """Whether the model's own loss predicts label t + 1 from position t."""
         if self._shift is None:
@@ -507,6 +533,7 @@ class Dynamics:
         return evaluate
 
     def _begin(self, optimizer: torch.optim.Optimizer) -> None:
+        self._backward = False
         self._share_added_gradients()
         needs = self.needs
         statistics = self._sums.statistics(
@@ -540,7 +567,7 @@ class Dynamics:
         self._restore_rates()
         if step is None:
             return
-        for rule in self.rules:
+        for rule in sorted(self.rules, key=lambda rule: rule.last):
             rule.after_step(step)
         self.steps += 1
 
@@ -696,9 +723,8 @@ class Dynamics:
 def as_rules(rules: Dynamic | Iterable[Dynamic]) -> tuple[Dynamic, ...]:
     """One rule or several as a tuple; what is neither is left for the check of rules."""
     given: Any = rules
-    if isinstance(given, Dynamic | str | type) or not isinstance(given, Iterable):
-        return (given,)
-    return tuple(given)
+    several = isinstance(given, Iterable) and not isinstance(given, Dynamic | str | type)
+    return tuple(given if several else [given])
 
 
 def _check_rules(rules: tuple[Dynamic, ...]) -> None:

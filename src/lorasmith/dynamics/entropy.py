@@ -351,6 +351,14 @@ class EntropyGovernor(Dynamic):
                 got=repr(penalty),
                 key="penalty",
             )
+        if getattr(penalty, "kind", None) == "projection":
+            raise ConfigError(
+                "A projection has no weight that a governor could set.",
+                expected="a rule that adds a penalty",
+                got=repr(penalty),
+                fix='RotationBudget(kind="penalty")',
+                key="penalty",
+            )
         self.penalty: Penalty = penalty
         self.needs = penalty.needs | frozenset[Need]({"entropy"})
         self.alpha = float(alpha)

@@ -757,6 +757,7 @@ class GaugeProjection(Dynamic):
     """
 
     name: ClassVar[str] = "gauge"
+    last: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -778,8 +779,11 @@ class GaugeProjection(Dynamic):
         pairs = _of_sites(sites, self.mu)
         self._projector = _Projector(pairs, allow_low_precision=self.allow_low_precision)
         self._last = []
-        if self.moments == "transport" and getattr(self, "context", None) is not None:
-            _check_optimizer(self.context.optimizer)
+        optimizer = getattr(getattr(self, "context", None), "optimizer", None)
+        if isinstance(optimizer, torch.optim.Optimizer):
+            _check_owned(optimizer, sites)
+            if self.moments == "transport":
+                _check_optimizer(optimizer)
 
     def after_step(self, step: Step) -> None:
         done = step.number - self.start_step
@@ -814,6 +818,21 @@ def _check_trained(sites: Sequence[Site]) -> None:
                     fix="train both (LoRA-FA and the like have no gauge to choose)",
                     key=site.name,
                 )
+
+
+def _check_owned(optimizer: torch.optim.Optimizer, sites: Sequence[Site]) -> None:
+    """Another optimiser's moments would stay behind, and its next step go astray."""
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for site in sites:
+        if id(site.A) not in owned or id(site.B) not in owned:
+            raise ConfigError(
+                f"The optimiser does not train the factors of layer {site.name!r}.",
+                expected="an optimiser made of the model's trainable parameters",
+                got=f"{len(owned)} parameters without them",
+                fix="make it after the adapter is attached: "
+                "torch.optim.AdamW(ls.param_groups(model, lr))",
+                key=site.name,
+            )
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer | None) -> None:
@@ -891,17 +910,7 @@ class GaugeProjectedOptimizer(torch.optim.Optimizer):
         if moments == "transport":
             _check_optimizer(optimizer)
         sites = find_sites(model, adapter)
-        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for site in sites:
-            if id(site.A) not in owned or id(site.B) not in owned:
-                raise ConfigError(
-                    f"The optimiser does not train the factors of layer {site.name!r}.",
-                    expected="an optimiser made of the model's trainable parameters",
-                    got=f"{len(owned)} parameters without them",
-                    fix="make it after the adapter is attached: "
-                    "torch.optim.AdamW(ls.param_groups(model, lr))",
-                    key=site.name,
-                )
+        _check_owned(optimizer, sites)
         pairs = _of_sites(sites, mu)
         self.__setstate__(
             {

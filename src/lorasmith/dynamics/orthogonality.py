@@ -558,8 +558,14 @@ class OrthogonalityPenalty(Dynamic):
             key = (*site.B.shape, *site.A.shape, frozen, site.A.device, site.A.dtype, site.B.dtype)
             groups.setdefault(key, []).append(site)
         self._groups = list(groups.values())
-        kept = {site.key for site in sites}
-        self._shadows = {k: s for k, s in self._shadows.items() if k in kept}
+        # An adapter that is born as a copy of another one, or takes over from some, goes on
+        # with a shadow of theirs.
+        by_name = {key.partition("/")[2]: shadow for key, shadow in self._shadows.items()}
+        found = {site.key: self._shadows.get(site.key, by_name.get(site.name)) for site in sites}
+        self._shadows = {key: shadow for key, shadow in found.items() if shadow is not None}
+
+    def close(self) -> None:
+        del self.context
 
     def before_step(self, step: Step) -> None:
         self.apply(step, self.weight)

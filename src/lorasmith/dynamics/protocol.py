@@ -179,6 +179,9 @@ class Dynamic:
     #: Whether it adds and removes adapters; its state is loaded before that of the others,
     #: which may be of layers that are there only then.
     makes_sites: ClassVar[bool] = False
+    #: Whether it leaves B A as it is, and wants to be the last to move the factors after a
+    #: step: nobody else then notices, and what it brings about holds.
+    last: ClassVar[bool] = False
 
     #: Set by :meth:`bind`.
     context: Context

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["MODES", "Mode", "StressRecord", "write_csv", "write_json"]
+__all__ = ["MODES", "Mode", "StressRecord", "read_json", "write_csv", "write_json"]
 
 Mode = Literal["single", "multi", "mirror"]
 MODES: tuple[Mode, ...] = ("single", "multi", "mirror")
@@ -62,3 +62,11 @@ def write_csv(history: Iterable[StressRecord], path: str | Path) -> None:
         table = csv.DictWriter(file, [f.name for f in fields(StressRecord)], lineterminator="\n")
         table.writeheader()
         table.writerows(record.to_dict() for record in history)
+
+
+def read_json(path: str | Path) -> list[StressRecord]:
+    """The records of a file from :func:`write_json`, such as a run's ``stress.json``."""
+    rows: list[dict[str, Any]] = json.loads(Path(path).read_text(encoding="utf-8"))
+    for row in rows:
+        row.update({key: math.nan for key, value in row.items() if value is None})
+    return [StressRecord(**row) for row in rows]

@@ -37,7 +37,9 @@ from lorasmith.training.data import IGNORE_INDEX
 
 __all__ = [
     "IGNORE_INDEX",
+    "HeadInput",
     "LossOutput",
+    "head_input",
     "model_loss",
     "model_loss_output",
     "supervised_cross_entropy",
@@ -614,8 +616,92 @@ def _loss_at_labels(
     with_entropy: bool,
 ) -> _Summed | str:
     """The summed loss, or the reason why it cannot be had this way."""
+    plain = _plain_head(cast(Any, base).get_output_embeddings())
+    found = _head_input(model, base, body, labels.shape)
+    if isinstance(found, str):
+        return found
+    hidden, head, scale, cap = found.hidden, found.head, found.scale, found.cap
+    index, targets = index.to(hidden.device), targets.to(hidden.device)
+    _check_targets(targets, found.vocabulary)
+    # The loss runs outside the model's forward, hence outside accelerate's autocast: repeat it.
+    with found.autocast():
+        if plain:
+            weight, bias = cast(Tensor, head.weight), cast("Tensor | None", head.bias)
+            flat = hidden.reshape(-1, hidden.shape[-1]).index_select(0, index)
+            call = _Chunked(
+                rows=_chunk_rows(chunk, found.vocabulary, hidden.device),
+                scale=scale,
+                cap=cap,
+                entropy=with_entropy,
+                gradient=torch.is_grad_enabled(),
+                per_row=False,
+                compute_dtype=found.autocast_dtype or weight.dtype,
+            )
+            loss, entropy = _apply(flat, weight, bias, targets, call)
+        else:
+            loss, entropy = _cross_entropy_through(
+                head, hidden, index, targets, scale, cap, chunk, found.vocabulary, with_entropy
+            )
+    return _Summed(loss, index.numel(), entropy, extra=_auxiliary_loss(base, found.output))
+
+
+@dataclass(frozen=True)
+class HeadInput:
+    """A forward pass that stopped before the output head.
+
+    Attributes:
+        hidden: What enters the head, [batch, T, d].
+        head: The head.
+        scale: Factor on what the head gives.
+        cap: Soft cap of it, or None.
+        vocabulary: Number of logits a position.
+        autocast_dtype: To which autocast brought the products, or None.
+        output: What the model returned; its logits are of no use.
+    """
+
+    hidden: Tensor
+    head: nn.Module
+    scale: float
+    cap: float | None
+    vocabulary: int
+    autocast_dtype: torch.dtype | None
+    output: Any
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """As it was inside the model's forward pass."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.hidden.device.type, dtype=self.autocast_dtype)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Logits [n, vocab] of some of the hidden states [n, d]."""
+        with self.autocast():
+            found = self.head(rows.unsqueeze(0)).squeeze(0)
+            return _to_logits(found.to(_soft_dtype(found.dtype)), self.scale, self.cap)
+
+
+def head_input(model: nn.Module, inputs: Mapping[str, Any]) -> HeadInput | str:
+    """A causal language model's forward pass without its logits, or why that cannot be.
+
+    Args:
+        model: A ``transformers`` model for causal language modelling, wrapped or not.
+        inputs: The model's keyword arguments without labels; ``input_ids`` [batch, T].
+
+    Raises:
+        TrainingError: The model is an encoder-decoder.
+    """
+    base, obstacle = _unwrap(model)
+    if obstacle is None:
+        obstacle = _obstacle(base)
+    if obstacle is not None:
+        return obstacle
+    return _head_input(model, base, dict(inputs), inputs["input_ids"].shape)
+
+
+def _head_input(
+    model: nn.Module, base: nn.Module, body: dict[str, Any], shape: torch.Size
+) -> HeadInput | str:
     head = cast(nn.Module, cast(Any, base).get_output_embeddings())
-    plain = _plain_head(head)
     declared = _after_head(base)
     known = _VERIFIED.get(base)
     verify = known is None or known[0] != declared
@@ -649,40 +735,14 @@ def _loss_at_labels(
     if len(seen) != 1:
         return f"its head ran {len(seen)} times in one forward pass"
     hidden, autocast_dtype = seen[0]
-    if hidden.shape[:-1] != labels.shape:
-        return f"its head saw {list(hidden.shape[:-1])} positions, not {list(labels.shape)}"
+    if hidden.shape[:-1] != shape:
+        return f"its head saw {list(hidden.shape[:-1])} positions, not {list(shape)}"
     if known is None or verify:
         known = (declared, _agreeing(declared, head_outputs[0], out.logits.detach()))
         _VERIFIED[base] = known
     if known[1] is None:
         return _UNKNOWN_AFTER_HEAD
-    scale, cap = known[1]
-    index, targets = index.to(hidden.device), targets.to(hidden.device)
-    vocabulary = out.logits.shape[-1]
-    _check_targets(targets, vocabulary)
-    # The loss runs outside the model's forward, hence outside accelerate's autocast: repeat it.
-    context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if autocast_dtype is not None:
-        context = torch.autocast(hidden.device.type, dtype=autocast_dtype)
-    with context:
-        if plain:
-            weight, bias = cast(Tensor, head.weight), cast("Tensor | None", head.bias)
-            flat = hidden.reshape(-1, hidden.shape[-1]).index_select(0, index)
-            call = _Chunked(
-                rows=_chunk_rows(chunk, vocabulary, hidden.device),
-                scale=scale,
-                cap=cap,
-                entropy=with_entropy,
-                gradient=torch.is_grad_enabled(),
-                per_row=False,
-                compute_dtype=autocast_dtype or weight.dtype,
-            )
-            loss, entropy = _apply(flat, weight, bias, targets, call)
-        else:
-            loss, entropy = _cross_entropy_through(
-                head, hidden, index, targets, scale, cap, chunk, vocabulary, with_entropy
-            )
-    return _Summed(loss, index.numel(), entropy, extra=_auxiliary_loss(base, out))
+    return HeadInput(hidden, head, *known[1], out.logits.shape[-1], autocast_dtype, out)
 
 
 _UNKNOWN_AFTER_HEAD = "it changes the logits after the head in a way that lorasmith does not know"
