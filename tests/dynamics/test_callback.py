@@ -332,6 +332,7 @@ def test_a_failed_run_does_not_spoil_the_next(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path, ignore_errors=True)
 
 
+@pytest.mark.filterwarnings("ignore")  # TRL's own, of Transformers' new names
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 def test_trl(tmp_path: Path) -> None:
     trl = importlib.import_module("trl")
@@ -342,6 +343,7 @@ def test_trl(tmp_path: Path) -> None:
         args=trl.SFTConfig(
             output_dir=str(tmp_path),
             max_steps=3,
+            logging_steps=1,
             report_to="none",
             use_cpu=True,
             learning_rate=1e-2,
@@ -352,6 +354,10 @@ def test_trl(tmp_path: Path) -> None:
         callbacks=[DynamicsCallback([rule, EntropyGovernor()])],
     )
     trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "entropy/entropy" in entry]
+    assert logs
+    for entry in logs:  # TRL logs the entropy of its own
+        assert entry["entropy/entropy"] == pytest.approx(entry["entropy"], rel=1e-3)
     for A, B in _factors(model).values():
         left, right = A.double() @ A.double().mT, 2.0 * B.double().mT @ B.double()
         assert float((left - right).norm() / left.norm()) < 1e-4

@@ -360,6 +360,11 @@ class Dynamics:
     ) -> None:
         if not module.training or not torch.is_grad_enabled():
             return
+        fused = _fused(output)
+        if fused is not None:
+            self._drop_abandoned()
+            self._add(fused, self._tasks)
+            return
         labels = kwargs.get("labels")
         logits = getattr(output, "logits", None)
         if isinstance(labels, Tensor) and isinstance(logits, Tensor) and logits.dim() >= 2:
@@ -718,6 +723,18 @@ class Dynamics:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _fused(output: Any) -> TokenStatistics | None:
+    """What TRL's models say that compute their head and loss in one: each [batch, T]."""
+    found = [getattr(output, name, None) for name in ("log_probs", "entropy", "label_mask")]
+    log_probs, entropy, mask = found
+    if not all(isinstance(t, Tensor) and t.dim() == 2 for t in found):
+        return None
+    with torch.no_grad():
+        mask = mask.bool()
+        loss, entropy = (torch.where(mask, t.detach().float(), 0.0) for t in (-log_probs, entropy))
+        return TokenStatistics(loss, entropy, mask)
 
 
 def as_rules(rules: Dynamic | Iterable[Dynamic]) -> tuple[Dynamic, ...]:
