@@ -728,13 +728,13 @@ class Dynamics:
 def _fused(output: Any) -> TokenStatistics | None:
     """What TRL's models say that compute their head and loss in one: each [batch, T]."""
     found = [getattr(output, name, None) for name in ("log_probs", "entropy", "label_mask")]
-    log_probs, entropy, mask = found
-    if not all(isinstance(t, Tensor) and t.dim() == 2 for t in found):
+    tensors = [t for t in found if isinstance(t, Tensor) and t.dim() == 2]
+    if len(tensors) < len(found):
         return None
-    with torch.no_grad():
-        mask = mask.bool()
-        loss, entropy = (torch.where(mask, t.detach().float(), 0.0) for t in (-log_probs, entropy))
-        return TokenStatistics(loss, entropy, mask)
+    log_probs, entropy, mask = (t.detach() for t in tensors)
+    mask = mask.bool()
+    loss, entropy = (torch.where(mask, t.float(), 0.0) for t in (-log_probs, entropy))
+    return TokenStatistics(loss, entropy, mask)
 
 
 def as_rules(rules: Dynamic | Iterable[Dynamic]) -> tuple[Dynamic, ...]:
