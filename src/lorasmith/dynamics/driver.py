@@ -254,7 +254,6 @@ class Dynamics:
         #: Groups whose learning rate is scaled at the moment, with the rate of before.
         self._rates: list[tuple[dict[str, Any], Any]] = []
         self._named_by_batch = False
-        self._values: dict[str, float] = {}
         self._handles: list[RemovableHandle] = []
         self._device = next((p.device for p in self._inner.parameters()), torch.device("cpu"))
         self._shift: bool | None = None
