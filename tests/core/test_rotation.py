@@ -369,3 +369,57 @@ def test_slack_is_on_the_safe_side() -> None:
     assert angle(one, 0.1 * one, 0.01 * one, slack=1e-6).item() > 1e-5
     c = largest_scale(one, 0 * one, one, 0.1, slack=0.5)
     assert angle(one, 0 * one, c * c).item() < 0.1
+
+
+def _planted(kind: str, d_out: int, d_in: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(d_out + d_in)
+    W = (torch.randn(d_out, d_in, generator=generator) * 0.02).to(dtype)
+    A = torch.randn(8, d_in, generator=generator)
+    B = torch.randn(d_out, 8, generator=generator)
+    if kind == "positive":  # nothing cancels, and rounding errors have one sign
+        return W.abs(), A.abs(), B.abs()
+    if kind in ("aligned", "half aligned"):
+        u, values, vh = torch.linalg.svd(W.float(), full_matrices=False)
+        spread = B * float(values[0]) / 4
+        return W, vh[:8], u[:, :8] * values[:8] + (spread if kind == "half aligned" else 0)
+    if kind == "ill conditioned":  # ‖A‖ ‖B‖ is far above ‖B A‖
+        scale = 10.0 ** torch.linspace(-2, 2, 8)
+        mixed = torch.linalg.qr(torch.randn(8, 8, generator=generator))[0]
+        return W, scale[:, None] * (mixed @ A), (B @ mixed.T) / scale
+    return W, A, B
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize("stored", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "kind", ["random", "positive", "aligned", "half aligned", "ill conditioned"]
+)
+def test_theta_is_right_in_whatever_precision_is_chosen(
+    kind: str, dtype: torch.dtype, stored: str, axis: str
+) -> None:
+    for d_out, d_in in ((64, 64), (576, 192), (192, 1024)):
+        W, A, B = _planted(kind, d_out, d_in, dtype)
+        given = W if stored == "rows" else W.T.contiguous().T
+        w, product = W.double(), B.double() @ A.double()
+        for degrees in (5e-4, 1.0, 20.0, 80.0):
+            s = math.tan(math.radians(degrees)) * float(w.norm() / product.norm())
+            u, d = (x if axis == "out" else x.T for x in (w, s * product))
+            u, d = u.reshape(4, -1), d.reshape(4, -1)
+            n = u.norm(dim=1)
+            along = (u * d).sum(dim=1) / n
+            across = (d - (along / n)[:, None] * u).norm(dim=1)
+            wanted = torch.atan2(across, n + along)
+            found = rotation(given, A, B, s, units=4, axis=axis)
+            torch.testing.assert_close(found.theta, wanted, rtol=1e-6, atol=0)
+
+
+def test_float32_is_used_where_it_suffices_and_only_there() -> None:
+    def same(kind: str) -> bool:
+        W, A, B = _planted(kind, 576, 192, torch.float32)
+        chosen = rotation(W, A, B, 1e-4)
+        return torch.equal(chosen.inner, rotation(W, A, B, 1e-4, dtype=torch.float64).inner)
+
+    assert not same("random")
+    assert same("positive")
+    assert same("ill conditioned")

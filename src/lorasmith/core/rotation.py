@@ -18,6 +18,13 @@ hides anything below 3°.) With W Aᵀ in float64 the relative error of θ is be
 5e-4° to 83°, and an update that only scales W reads below 1e-5°. With W Aᵀ in float32 it is
 as good while ΔW is not nearly parallel to W; otherwise θ errs by up to 1e-3 ‖ΔW‖ / ‖W‖.
 
+:func:`rotation` therefore begins in float32, at half the cost, and goes over W again in
+float64 if that could be wrong. With ε = 2^-22, four roundings, the error of ⟨W, ΔW⟩ / ‖W‖ is
+taken to be at most e = ε s ‖P‖ ‖L‖ for ΔW = s P L (rounding errors do not all point the same
+way), and that of θ with it
+
+    |dθ| / θ ≤ e |par| / perp² + e / |n + par| .
+
 Scaling ΔW by c ≥ 0 gives tan θ(c) = c perp / (n + c par), which grows with c. So
 
     θ(c) ≤ M < 90°   ⇔   c (perp − tan M · par) ≤ n tan M .
@@ -65,6 +72,7 @@ __all__ = [
     "largest_scale",
     "make_path",
     "noise_floor",
+    "norms_and_product",
     "product",
     "product_dtype",
     "rotation",
@@ -77,8 +85,12 @@ _BLOCK = (2**24, 2**17)
 
 
 def _blocks(weight: Tensor) -> tuple[Tensor, ...]:
-    rows = max(1, _BLOCK[weight.device.type == "cpu"] // max(1, weight.shape[1]))
-    return torch.split(weight, rows)
+    return torch.split(weight, _block_rows(weight, 1))
+
+
+def _block_rows(weight: Tensor, row: int) -> int:
+    """How many rows of ``weight.shape[row]`` elements a block has."""
+    return max(1, _BLOCK[weight.device.type == "cpu"] // max(1, weight.shape[row]))
 
 
 def squared_norms(weight: Tensor, parts: int = 1) -> Tensor:
@@ -149,6 +161,64 @@ def _product(weight: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.mm(factor.to(dtype), weight.T).T  # this way round is no slower for any W
     narrow = factor.to(dtype).T
     return torch.cat([torch.mm(block.to(dtype), narrow) for block in _blocks(weight)])
+
+
+def norms_and_product(
+    weight: Tensor, factor: Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """:func:`squared_norms` and :func:`product` in one pass over W.
+
+    Args:
+        weight: W [d_out, d_in], any floating dtype, or the transpose of a stored one.
+        factor: F [k, d_in].
+        dtype: Of the product, float32 or float64. With float32 the norms run in float32 over
+            up to 512 elements, and in float64 over these.
+
+    Returns:
+        ‖W_i‖², float64 [d_out]; W Fᵀ [d_out, k] in ``dtype``.
+    """
+    across = weight.stride(0) == 1 < weight.stride(1)  # what lies together is a column
+    stored = weight.T if across else weight
+    count, length = stored.shape
+    # Without a copy the cache need not hold a block; a call costs what 10,000 elements do.
+    rows = _block_rows(stored, 1) * (1 if weight.dtype != dtype else 4)
+    narrow = factor.to(dtype).T.contiguous()
+    buffer = None
+    if weight.dtype != dtype:
+        buffer = narrow.new_empty(min(rows, count), length)
+    squared = narrow.new_zeros(weight.shape[0], dtype=torch.float64)
+    # Where products are added up over blocks, in float64, so that this rounds nothing.
+    kind = torch.float64 if across else dtype
+    wide = narrow.new_zeros(weight.shape[0], narrow.shape[1], dtype=kind)
+    for first in range(0, count, rows):
+        block = stored[first : first + rows]
+        if buffer is not None:
+            block = buffer[: len(block)].copy_(block)
+        here = slice(first, first + rows)
+        if across:
+            wide += torch.mm(block.T, narrow[here])
+            squared += torch.linalg.vector_norm(block, dim=0, dtype=torch.float64).square_()
+        else:
+            torch.mm(block, narrow, out=wide[here])
+            _row_norms(block, squared[here])
+    return squared, wide
+
+
+#: Elements over which a norm may run in float32: as many additions as are in one lane of the
+#: vector unit then err by 1e-7, at random.
+_RUN = 512
+
+
+def _row_norms(block: Tensor, out: Tensor) -> None:
+    """‖W_i‖² of each row into ``out`` (float64)."""
+    rows, length = block.shape
+    run = math.gcd(length, _RUN)
+    if block.dtype != torch.float32 or run < _RUN // 8 or not block.is_contiguous():
+        torch.linalg.vector_norm(block, dim=1, dtype=torch.float64, out=out)
+        out.square_()
+        return
+    runs = torch.linalg.vector_norm(block.view(-1, run), dim=1).double().square_()
+    torch.sum(runs.view(rows, -1), dim=1, out=out)
 
 
 def angle(squared: Tensor, inner: Tensor, delta: Tensor, slack: float = 0.0) -> Tensor:
@@ -534,7 +604,7 @@ def rotation(
     units: int = 1,
     axis: str = "out",
     magnitude: Tensor | None = None,
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype | None = None,
 ) -> Rotation:
     """The rotation of one layer by W' = W + s (B A − B0 A0), or DoRA's of that.
 
@@ -548,29 +618,84 @@ def rotation(
         units: In how many blocks of equal size to look at it.
         axis: ``"out"``: blocks of rows; ``"in"``: of columns.
         magnitude: DoRA's m [d_out].
-        dtype: In which W Aᵀ is computed; see the module's words on accuracy.
+        dtype: In which W Aᵀ is computed. ``None``: float32 where that is enough for a relative
+            error of 1e-6, float64 where it may not be (and with a magnitude); see the
+            module's words on accuracy.
     """
     columns = axis == "in" and magnitude is not None
     if axis == "in" and not columns:
         weight, A, B = weight.T, B.T, A.T
         if A0 is not None and B0 is not None:
             A0, B0 = B0.T, A0.T
-    squared = squared_norms(weight, units if columns else 1)
-    path = make_path(
-        squared[None] if columns else squared,
-        A[None],
-        B[None],
-        scaling,
-        wide_product(weight, inner_factor(A, A0), units if columns else 1, dtype)[None],
-        A0=None if A0 is None else A0[None],
-        B0=None if B0 is None else B0[None],
-        units=units,
-        magnitude=None if magnitude is None else magnitude[None],
-        columns=columns,
-    )
-    n2, inner, delta = (x[0] for x in path.at())
-    ratio = ((n2 + 2 * inner + delta).clamp(min=0) / n2).sqrt()
-    return Rotation(angle(n2, inner, delta), ratio, n2, inner, delta)
+    low = inner_factor(A, A0)
+    first = dtype or (torch.float64 if magnitude is not None else product_dtype(weight))
+
+    def measured(dtype: torch.dtype) -> Rotation:
+        if A0 is None and magnitude is None:  # the usual case, in the fewest operations
+            squared, wide = norms_and_product(weight, low, dtype)
+            return _plain(squared, low, B, scaling, wide, units)
+        if columns:
+            squared = squared_norms(weight, units)
+            wide = wide_product(weight, low, units, dtype)
+        else:
+            squared, wide = norms_and_product(weight, low, dtype)
+        path = make_path(
+            squared[None],
+            A[None],
+            B[None],
+            scaling,
+            wide[None],
+            A0=None if A0 is None else A0[None],
+            B0=None if B0 is None else B0[None],
+            units=units,
+            magnitude=None if magnitude is None else magnitude[None],
+            columns=columns,
+        )
+        return _rotation_of(*(x[0] for x in path.at()))
+
+    found = measured(first)
+    if dtype is None and first == torch.float32:
+        outer = B if B0 is None else torch.cat((B, B - B0), dim=1)
+        if not _float32_suffices(found, low, outer.reshape(units, -1), scaling):
+            found = measured(torch.float64)
+    return found
+
+
+def _plain(
+    squared: Tensor, A: Tensor, B: Tensor, scaling: float, wide: Tensor, units: int
+) -> Rotation:
+    """What :func:`make_path` and :meth:`Path.at` give for ΔW = s B A alone."""
+    low, outer = A.to(torch.float64), B.to(torch.float64)
+    inner = (outer * wide).reshape(units, -1).sum(dim=1).mul_(scaling)
+    delta = (outer @ (low @ low.T)).mul_(outer).reshape(units, -1).sum(dim=1).mul_(scaling**2)
+    return _rotation_of(squared.view(units, -1).sum(dim=1), inner, delta)
+
+
+def _rotation_of(squared: Tensor, inner: Tensor, delta: Tensor) -> Rotation:
+    ratio = ((squared + 2 * inner + delta).clamp(min=0) / squared).sqrt()
+    return Rotation(angle(squared, inner, delta), ratio, squared, inner, delta)
+
+
+#: Relative error of θ up to which a product in float32 will do, and what it may be off by.
+_ENOUGH = 5e-7
+_ROUNDING = 2.0**-22
+
+
+def _float32_suffices(found: Rotation, low: Tensor, outer: Tensor, scaling: float) -> bool:
+    """Whether θ of every unit is good to ``_ENOUGH``, see the module's words on accuracy.
+
+    Args:
+        found: What float32 gave.
+        low: L [k, d_in].
+        outer: P of each unit, flattened: [units, ·].
+        scaling: s.
+    """
+    n, par, perp = _decompose(found.squared, found.inner, found.delta, 0.0)
+    sizes = torch.linalg.vector_norm(outer, dim=1) * torch.linalg.vector_norm(low)
+    error = (_ROUNDING * abs(scaling)) * sizes.to(n)
+    worst = error * (par.abs() / perp.square() + 1 / (n + par).abs())
+    # Where neither W nor ΔW is there, no error can be made; not a number is not enough.
+    return bool(((worst <= _ENOUGH) | (found.delta == 0) | (found.squared == 0)).all())
 
 
 def wide_product(weight: Tensor, factor: Tensor, parts: int, dtype: torch.dtype) -> Tensor:
