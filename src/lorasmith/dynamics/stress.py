@@ -6,29 +6,21 @@ defined here; docs/dynamics-stress.md has it at a glance.
 
 **Signals**, each in [0, 1]:
 
-* E, error. With f a fast average of a task's loss (rate 0.1) and b its baseline, which follows
-  f down at rate 0.05, up at 0.02, and up at 0.002 while E ≥ ½; σ the mean deviation of single
-  losses from f:
-
-      e = max(0, f − b) / (|b| + σ),    E = e / (¼ + e)
-
-  A loss that only falls gives 0, whatever its size. With several tasks: the mean over tasks,
-  weighted by how often they come. ``error="absolute"`` is the paper's E = f / (1 + f).
+* E, error: a task's loss against its own baseline, :mod:`~.stress_loss`. A loss that only falls
+  gives 0, whatever its size; one that doubles and stays gives 0.9 within ten steps. With several
+  tasks: the mean over tasks, weighted by how often they come. ``error="absolute"`` is the
+  paper's E = f / (1 + f).
 * C, conflict = (1 − mean cosine of pairs of tasks) / 2. Single: cosine of the tasks' gradients
-  on the shared factors, in the metric of :func:`~.stress_signals.gradient_gram`. Multi: cosine
+  on the shared factors (:mod:`~.stress_conflict`), in the metric of
+  :func:`~.stress_signals.gradient_gram`. Multi: cosine
   of D_t = s (B_t A_t − B A), what each task's adapter has learned since its birth; for two
   equally long D_t this is the normalised variance 1 − ‖mean D‖² / mean ‖D‖².
 * S, loss of memory. With an ``anchor``: e / (¼ + e), e the rise of its loss over the lowest
-  seen. Else the drift from the snapshot, ‖ΔW − ΔW_s‖ / (‖ΔW‖ + ‖ΔW_s‖).
+  seen. Else the drift from the snapshot, :mod:`~.stress_mirror`.
 
 **Stress** x = w_C C + w_E E + w_S S + v_C ΔC⁺ + v_E ΔE⁺ + v_S ΔS⁺ (rises since the step
 before), clamped to [0, 1]; φ its exponential average at rate 0.1. A loss that is not finite, or
 a gradient, is x = 1 for that step, and the step is skipped.
-
-A task's gradient is estimated from whole steps: a step with token shares w_t has
-g = Σ w_t g_t, and the estimates ĝ move by ĝ_t += 0.1 · w_t / Σw² · (g − Σ w_u ĝ_u), which is a
-plain average where each step has one task. Steps that always mix the tasks in equal shares
-cannot tell them apart, and show no conflict.
 
 **Modes.** Single: one shared adapter. Multi, entered at φ ≥ 0.35 if conflict is the largest
 term and the tasks oppose each other (C > ½), left at φ < 0.2: one adapter a task, born as a
@@ -37,12 +29,12 @@ becomes the best rank-r form of the mean ΔW, in the gauge nearest to the mean A
 of the moments. Mirror, entered at φ ≥ 0.7, left at φ < 0.55, on top of either: rate × 0.2, a
 pull towards the snapshot, the gradient of ½ κ ‖s (B A − B_s A_s)‖²; and a return to it
 (parameters and optimiser state) whenever φ has not fallen in ``patience`` steps and the last
-loss is still high.
+three losses are still high. After ``returns`` of them in one stay, what the loss is now is taken
+for the new normal: Mirror would otherwise never let a task be learned that is harder than the
+last one. An anchor that is being forgotten is never given up in this way.
 
 A snapshot is renewed every ``snapshot_every`` steps while E < 0.3, so that it is from before
-the stress. After a switch its kind (Multi; Mirror) rests for c, 3c, 9c … steps, by the number of
-earlier switches of that kind in the last 20 c steps: at most 4 of a kind in 2000 steps for
-c = 100, whatever the losses.
+the stress, or from its first steps. Hysteresis and rests: :mod:`~.stress_modes`.
 
 Costs. One wait for the device a step (the loss decides whether the step happens). Time on one
 CPU core, 210 layers of 576 × 576, r = 16, in units of AdamW's own step (70 ms): a fifth in
@@ -60,8 +52,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from itertools import chain
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,15 +62,15 @@ from torch import Tensor, nn
 
 from lorasmith.dynamics.protocol import Dynamic, Need, Site, Step
 from lorasmith.dynamics.snapshot import Snapshot
+from lorasmith.dynamics.stress_conflict import TaskGradients, gram_of_products
 from lorasmith.dynamics.stress_history import MODES, Mode, StressRecord, write_csv, write_json
+from lorasmith.dynamics.stress_loss import LossBaseline
+from lorasmith.dynamics.stress_merge import merge_adapters
+from lorasmith.dynamics.stress_mirror import add_pull, drift
+from lorasmith.dynamics.stress_modes import Patience, Switch
 from lorasmith.dynamics.stress_signals import (
-    align_gauge,
     conflict_from_gram,
     difference,
-    gradient_gram,
-    inner,
-    merge_products,
-    pull_gradient,
     relative_excess,
     saturate,
 )
@@ -88,60 +79,11 @@ from lorasmith.errors import ConfigError, TrainingError
 
 __all__ = ["StressController"]
 
-_FALL, _RISE, _RISE_STRESSED, _SPREAD = 0.05, 0.02, 0.002, 0.02
+#: e of the anchor's loss at which S is ½.
 _HALF = 0.25
 _CALM = 0.3
-_GRADIENT_RATE = 0.1
-_FALLEN = 0.02
+_SHARE_RATE = 0.1
 _LARGEST = 1e30
-
-
-@dataclass
-class _Baseline:
-    """Averages of one loss."""
-
-    fast: float
-    slow: float
-    spread: float = 0.0
-    error: float = 0.0
-    share: float = 0.0
-
-    def update(self, loss: float, rate: float) -> None:
-        self.spread += _SPREAD * (abs(loss - self.fast) - self.spread)
-        self.fast += rate * (loss - self.fast)
-        excess = relative_excess(self.fast, self.slow, self.spread)
-        self.error = saturate(excess, _HALF)
-        rise = _RISE if self.error < 0.5 else _RISE_STRESSED
-        self.slow += (rise if self.fast > self.slow else _FALL) * (self.fast - self.slow)
-
-
-@dataclass
-class _Switch:
-    """A state with hysteresis, and a rest after each change that grows if changes come thick."""
-
-    leave: float
-    enter: float
-    cooldown: int
-    on: bool = False
-    rest: int = 0
-    #: Steps since each of the changes that still count.
-    ages: tuple[int, ...] = ()
-
-    def tick(self) -> None:
-        window = 20 * self.cooldown
-        self.rest = max(0, self.rest - 1)
-        self.ages = tuple(age + 1 for age in self.ages if age + 1 < window)
-
-    def wants(self, phi: float, *, may_enter: bool) -> bool:
-        """Whether to change now."""
-        if self.rest:
-            return False
-        return phi < self.leave if self.on else may_enter and phi >= self.enter
-
-    def change(self) -> None:
-        self.on = not self.on
-        self.rest = self.cooldown * 3 ** len(self.ages)
-        self.ages = (*self.ages, 0)
 
 
 class StressController(Dynamic):
@@ -160,7 +102,8 @@ class StressController(Dynamic):
             healthy training drifts.
         rises: v_C, v_E, v_S.
         smoothing: Rate of φ's average.
-        error_rate: Rate of the fast average of the loss.
+        error_rate: Rate of the fast average of the loss. Default: 0.2, or the published 0.1 with
+            ``error="absolute"``.
         multi: φ below which Multi is left, and from which it is entered.
         mirror: The same for Mirror.
         cooldown: Steps of rest after a switch, c; grows if switches come thick.
@@ -177,6 +120,8 @@ class StressController(Dynamic):
         kappa: κ itself instead, constant.
         patience: Steps in Mirror within which φ must fall by 0.02, or it goes back to the
             snapshot.
+        returns: How often it goes back, before the level of the loss counts as normal (only
+            with ``error="relative"``).
         snapshot_every: Steps between snapshots in calm.
         every: Steps between computations of C and of S without an anchor.
         history_limit: How many records are kept, the last ones; ``None`` for all.
@@ -196,7 +141,7 @@ class StressController(Dynamic):
         weights: tuple[float, float, float] | None = None,
         rises: tuple[float, float, float] = (0.25, 0.25, 0.25),
         smoothing: float = 0.1,
-        error_rate: float = 0.1,
+        error_rate: float | None = None,
         multi: tuple[float, float] = (0.2, 0.35),
         mirror: tuple[float, float] = (0.55, 0.7),
         cooldown: int = 100,
@@ -208,6 +153,7 @@ class StressController(Dynamic):
         pull: float = 1.0,
         kappa: float | None = None,
         patience: int = 50,
+        returns: int = 3,
         snapshot_every: int = 10,
         every: int = 10,
         history_limit: int | None = 100_000,
@@ -236,6 +182,8 @@ class StressController(Dynamic):
                     got=repr(pair),
                     key=key,
                 )
+        if error_rate is None:
+            error_rate = 0.2 if error == "relative" else 0.1
         for key, value in (("smoothing", smoothing), ("error_rate", error_rate)):
             _check(key, value, _number(value) and 0 < value <= 1, "a number above 0, at most 1")
         for key, value in (("pull", pull), ("kappa", 0.0 if kappa is None else kappa)):
@@ -244,6 +192,7 @@ class StressController(Dynamic):
             "cooldown": cooldown,
             "anchor_every": anchor_every,
             "patience": patience,
+            "returns": returns,
             "snapshot_every": snapshot_every,
             "every": every,
             "history_limit": 1 if history_limit is None else history_limit,
@@ -262,29 +211,27 @@ class StressController(Dynamic):
         self.anchor_every = anchor_every
         self.pull = pull
         self.kappa = kappa
-        self.patience = patience
+        self.returns = returns
         self.snapshot_every = snapshot_every
         self.every = every
         self.history: deque[StressRecord] = deque(maxlen=history_limit)
-        self._multi = _Switch(*multi, cooldown)
-        self._mirror = _Switch(*mirror, cooldown)
+        self._multi = Switch(*multi, cooldown)
+        self._mirror = Switch(*mirror, cooldown)
+        self._patience = Patience(patience)
         self.phi = 0.0
         self.error = self.conflict = self.memory = 0.0
         self._started = False
-        self._baselines: dict[str, _Baseline] = {}
+        self._baselines: dict[str, LossBaseline] = {}
         self._tasks: list[str] = []
         #: Names of the task adapters that are this controller's to write to and take off.
         self._born: set[str] = set()
         self._selected: tuple[str, ...] = ()
-        self._gradients: dict[str, list[Tensor]] = {}
-        self._counts: dict[str, int] = {}
+        self._gradients = TaskGradients()
         self._snapshot: Snapshot | None = None
         self._anchor_lowest = math.inf
-        self._mirror_steps = 0
-        self._reference = 0.0
         self._pending: StressRecord | None = None
         self._plan = ""
-        #: E of the last step's own loss, without any average.
+        #: E of the last losses alone, without any average of what was before.
         self._own_error = 0.0
 
     @classmethod
@@ -433,8 +380,8 @@ class StressController(Dynamic):
         gradients = self._live_gradients(step)
         due = step.number % self.every == 0
         gram = self._gram() if due else None
-        drift = self._drift() if due and self.anchor is None else None
-        values = self._read(step, gradients, gram, drift)
+        distance = self._drift() if due and self.anchor is None else None
+        values = self._read(step, gradients, gram, distance)
         if self._multi.on and not step.skipped:
             self._check_selected(values)
         loss, gradient = values["loss"][0], values["gradient"][0]
@@ -453,7 +400,8 @@ class StressController(Dynamic):
             stress = sum(w * x for w, x in zip(self.weights, new, strict=True))
             stress += sum(v * max(0.0, x - y) for v, x, y in zip(self.rises, new, old, strict=True))
             if self._conflict_in_gradients():
-                self._learn_gradients(values)
+                tokens = {k[5:]: v[1] for k, v in values.items() if k.startswith("task ")}
+                self._gradients.learn(self._shared, tokens)
         stress = min(1.0, max(0.0, stress))
         self.phi += (self.smoothing if self._started else 1.0) * (stress - self.phi)
         self.phi = min(1.0, max(0.0, self.phi))
@@ -466,8 +414,8 @@ class StressController(Dynamic):
                 self._take_snapshot()
             if self.rates[mode] != 1.0:
                 step.scale_learning_rate(self.rates[mode])
-            if mode == "mirror":
-                self._add_pull(step)
+            if mode == "mirror" and self._snapshot is not None:
+                add_pull(step, self.sites, self._snapshot, pull=self.pull, kappa=self.kappa)
         self._pending = StressRecord(
             step.number,
             self.phi,
@@ -508,6 +456,11 @@ class StressController(Dynamic):
         elif plan == "rollback" and self._snapshot is not None:
             self._snapshot.restore(step.optimizer)
             note = "rollback"
+        elif plan == "accept":
+            for baseline in self._baselines.values():
+                baseline.accept()
+            self.error = self._own_error = 0.0
+            note = "accept"
         if self._pending is not None:
             record, self._pending = self._pending, None
             texts = [t for t in (record.event, note) if t]
@@ -517,9 +470,8 @@ class StressController(Dynamic):
         """Whether the present state is worth coming back to."""
         if self._mirror.on or self.phi >= self._mirror.leave:
             return False
-        remembers = self.anchor is None or self.memory < _CALM
         # Absolute error says nothing about how training goes.
-        return remembers and (self.error < _CALM or self.error_kind == "absolute")
+        return self._remembers() and (self.error < _CALM or self.error_kind == "absolute")
 
     def _decide(self, events: list[str]) -> None:
         """Sets what :meth:`after_step` is to do."""
@@ -527,11 +479,10 @@ class StressController(Dynamic):
             self._plan = "mirror"
             return
         if self._mirror.on:
-            self._mirror_steps += 1
-            if self._mirror_steps >= self.patience:
-                if self.phi > self._reference - _FALLEN and not self._over():
-                    self._plan = "rollback"
-                self._mirror_steps, self._reference = 0, self.phi
+            if self._patience.ended(self.phi) and not self._over():
+                self._patience.tries += 1
+                spent = self._patience.tries > self.returns
+                self._plan = "accept" if spent and self._may_accept() else "rollback"
             return
         terms = [w * x for w, x in zip(self.weights, self._signals(), strict=True)]
         # What Multi relieves is tasks that pull against each other, and nothing else.
@@ -543,14 +494,21 @@ class StressController(Dynamic):
     def _over(self) -> bool:
         """Whether the stress is over, though the averages still say otherwise."""
         limit = _CALM if self.error_kind == "relative" else self._mirror.leave
-        return self._own_error < limit and (self.anchor is None or self.memory < _CALM)
+        return self._own_error < limit and self._remembers()
+
+    def _remembers(self) -> bool:
+        return self.anchor is None or self.memory < _CALM
+
+    def _may_accept(self) -> bool:
+        """Whether the loss alone is what is high."""
+        return self.error_kind == "relative" and self._remembers()
 
     def _signals(self) -> tuple[float, float, float]:
         return self.conflict, self.error, self.memory
 
     def _change_mirror(self) -> str:
         self._mirror.change()
-        self._mirror_steps, self._reference = 0, self.phi
+        self._patience.start(self.phi)
         return "enter mirror" if self._mirror.on else "leave mirror"
 
     # -- reading the device --------------------------------------------------------------
@@ -564,7 +522,7 @@ class StressController(Dynamic):
         step: Step,
         gradients: list[Tensor],
         gram: Tensor | None,
-        drift: Tensor | None,
+        distance: Tensor | None,
     ) -> dict[str, list[float]]:
         """Everything that the host must know, in one transfer."""
         loss = step.statistics.loss
@@ -584,8 +542,8 @@ class StressController(Dynamic):
             parts[f"task {task}"] = torch.stack((value, tokens.to(value.dtype)))
         if gram is not None:
             parts["gram"] = gram.flatten()
-        if drift is not None:
-            parts["drift"] = drift.reshape(1)
+        if distance is not None:
+            parts["drift"] = distance.reshape(1)
         flat = torch.cat([p.detach().to(loss.device, torch.float32) for p in parts.values()])
         numbers = iter(flat.tolist())
         return {key: [next(numbers) for _ in range(p.numel())] for key, p in parts.items()}
@@ -598,8 +556,8 @@ class StressController(Dynamic):
         else:
             self.error = self._relative_error(losses or {"": [values["loss"][0], 1.0]})
         if "drift" in values:
-            drift = values["drift"][0]
-            self.memory = min(1.0, drift) if math.isfinite(drift) else 1.0
+            distance = values["drift"][0]
+            self.memory = min(1.0, distance) if math.isfinite(distance) else 1.0
         if "gram" in values:
             flat = values["gram"]
             size = math.isqrt(len(flat))
@@ -608,7 +566,7 @@ class StressController(Dynamic):
 
     def _absolute_error(self, loss: float) -> float:
         loss = min(_LARGEST, max(0.0, loss))
-        known = self._baselines.setdefault("", _Baseline(loss, loss))
+        known = self._baselines.setdefault("", LossBaseline(loss, loss))
         known.fast += self.error_rate * (loss - known.fast)
         self._own_error = loss / (1.0 + loss)
         return known.fast / (1.0 + known.fast)
@@ -620,13 +578,13 @@ class StressController(Dynamic):
             if tokens <= 0 or not math.isfinite(loss):
                 continue
             loss = min(_LARGEST, max(-_LARGEST, loss))
-            known = self._baselines.setdefault(task, _Baseline(loss, loss))
-            own += tokens * saturate(relative_excess(loss, known.slow, known.spread), _HALF)
+            known = self._baselines.setdefault(task, LossBaseline(loss, loss))
             known.update(loss, self.error_rate)
+            own += tokens * known.now
         self._own_error = own / total if total > 0 else 0.0
         for task, known in self._baselines.items():
             share = losses[task][1] / total if task in losses and total > 0 else 0.0
-            known.share += self.error_rate * (share - known.share)
+            known.share += _SHARE_RATE * (share - known.share)
         weight = sum(b.share for b in self._baselines.values())
         if weight <= 0:
             return 0.0
@@ -641,23 +599,9 @@ class StressController(Dynamic):
         """Inner products of what the tasks want, [T, T]."""
         if len(self._tasks) < 2:
             return None
-        total: Tensor | None = None
         if self._multi.on:
-            for products in self._products_since_birth():
-                gram = torch.stack(
-                    [torch.stack([inner(*one, *other) for other in products]) for one in products]
-                )
-                total = gram if total is None else total + gram.to(total.device)
-            return total
-        least = round(1 / _GRADIENT_RATE)
-        known = [t for t in self._tasks if self._counts.get(t, 0) >= least]
-        if len(known) < 2:
-            return None
-        for i, site in enumerate(self._shared):
-            pairs = [self._gradients[t][2 * i : 2 * i + 2] for t in known]
-            gram = gradient_gram(site.A, site.B, [a for a, _ in pairs], [b for _, b in pairs])
-            total = gram if total is None else total + gram.to(total.device)
-        return total
+            return gram_of_products(self._products_since_birth())
+        return self._gradients.gram(self._shared, self._tasks)
 
     def _products_since_birth(self) -> Iterable[list[tuple[Tensor, Tensor]]]:
         """By layer: each task's (Q, P) of s (B_t A_t − B A)."""
@@ -673,61 +617,10 @@ class StressController(Dynamic):
             if len(products) == len(mine):
                 yield products
 
-    def _learn_gradients(self, values: Mapping[str, list[float]]) -> None:
-        """ĝ_t += rate · w_t / Σw² · (g − Σ w_u ĝ_u)."""
-        tokens = {k[5:]: v[1] for k, v in values.items() if k.startswith("task ")}
-        total = sum(tokens.values())
-        if not total > 0:
-            return
-        shares = {t: n / total for t, n in tokens.items() if n > 0}
-        factors = [p for site in self._shared for p in (site.A, site.B)]
-        gradients = [
-            torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad.float()
-            for p in factors
-        ]
-        for task in shares:
-            if task not in self._gradients:
-                self._gradients[task] = [torch.zeros_like(g) for g in gradients]
-            self._counts[task] = self._counts.get(task, 0) + 1
-        if len(shares) == 1:
-            (task,) = shares
-            torch._foreach_lerp_(self._gradients[task], gradients, _GRADIENT_RATE)
-            return
-        rest = [g.clone() for g in gradients]
-        for task, share in shares.items():
-            torch._foreach_add_(rest, self._gradients[task], alpha=-share)
-        squares = sum(share**2 for share in shares.values())
-        for task, share in shares.items():
-            torch._foreach_add_(self._gradients[task], rest, alpha=_GRADIENT_RATE * share / squares)
-
     # -- memory, pull --------------------------------------------------------------------
 
     def _drift(self) -> Tensor | None:
-        """‖ΔW − ΔW_s‖ / (‖ΔW‖ + ‖ΔW_s‖) over all layers, from r × r products."""
-        if self._snapshot is None:
-            return None
-        sums: list[list[Tensor]] = []
-        for site in self.sites:
-            old = self._snapshot.of(site)
-            if old is None:
-                continue
-            frozen = (site.factors.A0, site.factors.B0)
-            norms = [inner(*difference(site.A, site.B, *old))]
-            for A, B in ((site.A, site.B), old):
-                start = frozen if frozen[0] is not None and frozen[1] is not None else None
-                Q, P = (
-                    (A.detach().float(), B.detach().float())
-                    if start is None
-                    else difference(A, B, *start)  # type: ignore[arg-type]
-                )
-                norms.append(inner(Q, P))
-            sums.append([n * site.scaling**2 for n in norms])
-        if not sums:
-            return None
-        device = sums[0][0].device
-        table = torch.stack([torch.stack(row).to(device) for row in sums]).sum(dim=0)
-        change, now, then = table.clamp(min=0).sqrt().unbind()
-        return change / (now + then).clamp(min=1e-30)
+        return None if self._snapshot is None else drift(self.sites, self._snapshot)
 
     def _anchor_memory(self) -> float:
         loss = self._anchor_loss()
@@ -777,31 +670,6 @@ class StressController(Dynamic):
             self._snapshot = Snapshot()
         self._snapshot.take(self._trained(), self.context.optimizer)
 
-    def _add_pull(self, step: Step) -> None:
-        """Adds the gradient of ½ κ ‖s (B A − B_s A_s)‖² to that of the task."""
-        snapshot = self._snapshot
-        if snapshot is None or (self.pull == 0 and self.kappa is None) or self.kappa == 0:
-            return
-        found: list[tuple[Tensor, Tensor]] = []
-        for site in self.sites:
-            old = snapshot.of(site)
-            if old is not None and site.A.grad is not None and site.B.grad is not None:
-                pulls = pull_gradient(site.A, site.B, *old, site.scaling)
-                found += zip((site.A, site.B), pulls, strict=True)
-        if not found:
-            return
-        strength: Tensor | float
-        if self.kappa is not None:
-            strength = self.kappa
-        else:
-            drift = self._drift()
-            assert drift is not None
-            task = _norm([p.grad for p, _ in found if p.grad is not None])
-            strength = self.pull * drift * task / _norm([g for _, g in found]).clamp(min=1e-30)
-        for parameter, gradient in found:
-            factor = strength.to(gradient.device) if isinstance(strength, Tensor) else strength
-            step.add_gradient(parameter, gradient * factor)
-
     # -- task adapters -------------------------------------------------------------------
 
     def _birth(self, task: str) -> None:
@@ -835,7 +703,7 @@ class StressController(Dynamic):
         for parameter in self._adapters.parameters(self.context.adapter).values():
             parameter.requires_grad_(False)
             parameter.grad = None
-        self._gradients, self._counts = {}, {}
+        self._gradients = TaskGradients()
         self._refresh()
 
     def _refresh(self) -> None:
@@ -874,31 +742,16 @@ class StressController(Dynamic):
         """The tasks' mean into the shared adapter; gives the relative error of ΔW."""
         adapters = self._adapters
         assert adapters is not None
-        optimizer = self.context.optimizer
-        shared = adapters.parameters(self.context.adapter)
-        copies = [adapters.parameters(self._adapter_of(t)) for t in self._tasks]
         by_name = {(s.adapter, s.name): s for s in self.sites}
-        unaligned: set[int] = set()
-        factors: set[int] = set()
-        lost = total = 0.0
-        for site in self._shared:
-            mine = [by_name[self._adapter_of(t), site.name] for t in self._tasks]
-            V, US, cut, whole = merge_products([s.A for s in mine], [s.B for s in mine])
-            mean_A = torch.stack([s.A.detach().to(V.dtype) for s in mine]).mean(dim=0)
-            A, B, aligned = align_gauge(V, US, mean_A)
-            site.A.copy_(A)
-            site.B.copy_(B)
-            factors |= {id(site.A), id(site.B)}
-            if not aligned:
-                unaligned |= {id(site.A), id(site.B)}
-            lost += site.scaling**2 * float(cut)
-            total += site.scaling**2 * float(whole)
-        for key, parameter in shared.items():
-            mine_there = [copy[key] for copy in copies]
-            if id(parameter) not in factors:
-                parameter.copy_(torch.stack([p.detach() for p in mine_there]).mean(dim=0))
-            _average_state(optimizer, parameter, mine_there, zero=id(parameter) in unaligned)
-        self._merge_error = math.sqrt(lost / total) if total > 0 else 0.0
+        self._merge_error = merge_adapters(
+            [
+                (site, [by_name[self._adapter_of(t), site.name] for t in self._tasks])
+                for site in self._shared
+            ],
+            adapters.parameters(self.context.adapter),
+            [adapters.parameters(self._adapter_of(t)) for t in self._tasks],
+            self.context.optimizer,
+        )
         return self._merge_error
 
     # -- state ---------------------------------------------------------------------------
@@ -914,16 +767,15 @@ class StressController(Dynamic):
             "phi": self.phi,
             "signals": list(self._signals()),
             "started": self._started,
-            "baselines": {task: list(vars(b).values()) for task, b in self._baselines.items()},
+            "baselines": {task: b.state_dict() for task, b in self._baselines.items()},
             "tasks": list(self._tasks),
             "selected": list(self._selected),
-            "multi": [self._multi.on, self._multi.rest, list(self._multi.ages)],
-            "mirror": [self._mirror.on, self._mirror.rest, list(self._mirror.ages)],
-            "mirror_steps": self._mirror_steps,
-            "reference": self._reference,
+            "multi": self._multi.state(),
+            "mirror": self._mirror.state(),
+            "patience": [self._patience.steps, self._patience.reference, self._patience.tries],
+            "own_error": self._own_error,
             "anchor_lowest": self._anchor_lowest,
-            "gradients": {t: list(g) for t, g in self._gradients.items()},
-            "counts": dict(self._counts),
+            "gradients": self._gradients.state_dict(),
             "history": {
                 **columns,
                 "mode": torch.tensor(modes, dtype=torch.int8),
@@ -951,14 +803,14 @@ class StressController(Dynamic):
         self.phi = state["phi"]
         self.conflict, self.error, self.memory = state["signals"]
         self._started = state["started"]
-        self._baselines = {t: _Baseline(*values) for t, values in state["baselines"].items()}
+        self._baselines = {t: LossBaseline.from_state(b) for t, b in state["baselines"].items()}
         self._tasks = list(state["tasks"])
         self._selected = tuple(state["selected"])
-        for switch, key in ((self._multi, "multi"), (self._mirror, "mirror")):
-            switch.on, switch.rest, ages = state[key]
-            switch.ages = tuple(ages)
-        self._mirror_steps = state["mirror_steps"]
-        self._reference = state["reference"]
+        self._multi.restore(state["multi"])
+        self._mirror.restore(state["mirror"])
+        patience = self._patience
+        patience.steps, patience.reference, patience.tries = state["patience"]
+        self._own_error = state["own_error"]
         self._anchor_lowest = state["anchor_lowest"]
         if state["adapters"] is not None:
             if self._adapters is None:
@@ -971,16 +823,7 @@ class StressController(Dynamic):
             for name, values in state["adapters"].items():
                 for key, parameter in self._adapters.parameters(name).items():
                     parameter.copy_(values[key])
-        self._counts = dict(state["counts"])
-        self._gradients = {
-            task: [
-                g.to(p.device, copy=True)
-                for g, p in zip(
-                    values, chain.from_iterable((s.A, s.B) for s in self._shared), strict=True
-                )
-            ]
-            for task, values in state["gradients"].items()
-        }
+        self._gradients = TaskGradients.from_state(state["gradients"], self._shared)
         self._snapshot = None
         if state["snapshot"] is not None:
             self._snapshot = Snapshot.from_state(state["snapshot"], self._trained())
@@ -1015,7 +858,7 @@ class StressController(Dynamic):
                 texts = [t for t in (last.event, note) if t]
                 self.history.append(replace(last, event="; ".join(texts)))
         self._snapshot = None
-        self._gradients = {}
+        self._gradients = TaskGradients()
 
     # -- history -------------------------------------------------------------------------
 
@@ -1034,34 +877,6 @@ class StressController(Dynamic):
                 got=str(path),
             )
         writer(self.history, path)
-
-
-def _average_state(
-    optimizer: torch.optim.Optimizer,
-    parameter: nn.Parameter,
-    copies: Sequence[nn.Parameter],
-    *,
-    zero: bool,
-) -> None:
-    """The copies' mean optimiser state becomes the parameter's; moments 0 with ``zero``."""
-    states = [s for s in (optimizer.state.get(p) for p in copies) if s]
-    if not states:
-        return
-    mine = optimizer.state[parameter]
-    for key, first in states[0].items():
-        values = [s[key] for s in states if key in s]
-        if not isinstance(first, Tensor):
-            mine[key] = max(values) if _number(first) else first
-        elif first.shape == parameter.shape:
-            mine[key] = torch.zeros_like(first) if zero else torch.stack(values).mean(dim=0)
-        else:  # counters: the longest-trained copy knows best how far moments have warmed up
-            mine[key] = torch.stack(values).amax(dim=0)
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    norms = torch._foreach_norm([t.float() for t in tensors])
-    total: Tensor = torch.stack([n.to(norms[0].device) for n in norms]).square().sum().sqrt()
-    return total
 
 
 def _number(value: object) -> bool:

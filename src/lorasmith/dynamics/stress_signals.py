@@ -43,12 +43,12 @@ def saturate(excess: float, scale: float) -> float:
 
 
 def relative_excess(fast: float, slow: float, spread: float) -> float:
-    """max(0, fast − slow) / (|slow| + spread): how far a loss is above its baseline.
+    """max(0, fast − slow − spread) / (|slow| + spread): how far a loss is above its baseline.
 
-    Unchanged if the loss is multiplied by a positive number. ``spread`` (mean absolute
-    deviation of a single loss) keeps noise small where the baseline is near zero.
+    Unchanged if all three are multiplied by a positive number. ``spread`` (how much single
+    losses differ) is what does not count, and keeps noise small where the baseline is near zero.
     """
-    excess = fast - slow
+    excess = fast - slow - spread
     if not excess > 0:
         return 0.0
     unit = abs(slow) + spread
