@@ -106,6 +106,10 @@ dynamics:
         "entropy": {"penalty": {"orthogonality": {"kind": "shadow", "refresh_every": 1}}},
         "stress": {"multi": [0.3, 0.4], "keep_tasks": True},
     }
+    options = ("--dynamics-options.stress.anchor", rows)  # data that must not be forgotten
+    code, found, _ = call("train", "--config", path, "--overwrite", *options)
+    assert code == 0, found
+    assert found["config"]["dynamics_options"]["stress"]["anchor"] == str(rows)
     code, found, _ = call("train", "--config", path, "--dynamics", "gauge", "--overwrite")
     assert code == 2
     assert found["error"]["key"].startswith("dynamics_options")

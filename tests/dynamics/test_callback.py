@@ -361,3 +361,82 @@ def test_trl(tmp_path: Path) -> None:
     for A, B in _factors(model).values():
         left, right = A.double() @ A.double().mT, 2.0 * B.double().mT @ B.double()
         assert float((left - right).norm() / left.norm()) < 1e-4
+
+
+class _Note(Dynamic):
+    """Keeps the factors as they are after certain steps."""
+
+    name = "note"
+
+    def __init__(self, *steps: int) -> None:
+        self.wanted = steps
+        self.found: dict[int, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def after_step(self, step: Step) -> None:
+        if step.number + 1 in self.wanted:
+            self.found[step.number + 1] = {
+                site.key: (site.A.detach().double(), site.B.detach().double())
+                for site in self.context.sites
+            }
+
+
+def test_past_the_refresh_of_the_shadow(tmp_path: Path) -> None:
+    """EgoRA's wrapper crashes at step 100. The shadow is the dense one, and small on disk."""
+    note, penalty = _Note(100), OrthogonalityPenalty("shadow", weight=0.01)
+    options: dict[str, Any] = {"max_steps": 203, "save_strategy": "steps", "save_steps": 203}
+    options |= {"learning_rate": 1e-3, "logging_steps": 50, "lr_scheduler_type": "constant"}
+    note_2 = _Note(200)
+    note_2.name = "note 2"  # type: ignore[misc]
+    trainer = _train(_ours(), [penalty, note, note_2], tmp_path / "with", **options)
+    assert penalty.refresh_every == 100
+    logs = {e["step"]: e for e in trainer.state.log_history if "loss" in e}
+    assert [logs[n]["orthogonality/penalty"] > 0 for n in (50, 100, 150, 200)] == [
+        *(False, True, True, True)
+    ]
+    folder = tmp_path / "with" / "checkpoint-203"
+    saved = torch.load(folder / "optimizer.pt", weights_only=True)
+    rule = saved["param_groups"][0][STATE_KEY]["dynamics"]["rules"]["orthogonality"]
+    assert rule["shadows"].keys() == note.found[100].keys()
+    for key, shadow in rule["shadows"].items():
+        first, second = (
+            torch.linalg.pinv(B @ A, rtol=1e-6).mT
+            for A, B in (note.found[100][key], note_2.found[200][key])
+        )
+        m = 0.9 * (1 - 0.9) / (1 - 0.9**2)  # corrected for the start at zero
+        dense = m * first + (1 - m) * second
+        got = shadow["U"].double() @ shadow["V"].double().mT
+        assert float((got - dense).norm() / dense.norm()) < 1e-4
+    # Twice the adapter in the checkpoint, not d / r times; nothing of a batch rides along.
+    adapter = sum(p.numel() * p.itemsize for p in trainer.model.parameters() if p.requires_grad)
+    tensors = [t for one in rule["shadows"].values() for t in one.values()]
+    assert sum(t.numel() * t.itemsize for t in tensors) <= 2 * adapter + 16 * len(rule["shadows"])
+    assert all(t.untyped_storage().nbytes() == t.numel() * t.itemsize for t in tensors)
+    _train(
+        _ours(), [_Note(1)], tmp_path / "without", **{**options, "max_steps": 1, "save_steps": 1}
+    )
+    sizes = [
+        (tmp_path / name / f"checkpoint-{n}" / "optimizer.pt").stat().st_size
+        for name, n in (("with", 203), ("without", 1))
+    ]
+    assert sizes[0] - sizes[1] < 2 * adapter + 1024 * (4 + len(tensors))
+
+
+def test_changed_options_do_not_resume_unless_accepted(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "max_steps": 4}
+    _train(_ours(), [GaugeProjection(mu=2.0), RotationBudget()], tmp_path, **options)
+    checkpoint = str(tmp_path / "checkpoint-3")
+    with pytest.raises(ls.LorasmithError, match=r"gauge\.mu 2\.0"):
+        _train(_ours(), [GaugeProjection(mu=1.0), RotationBudget()], tmp_path, resume=checkpoint)
+    with pytest.raises(ls.LorasmithError, match="order gauge, budget"):
+        _train(_ours(), [RotationBudget(), GaugeProjection(mu=2.0)], tmp_path, resume=checkpoint)
+    model = _ours()
+    callback = DynamicsCallback([RotationBudget(), GaugeProjection(mu=1.0)], changed="accept")
+    trainer = Trainer(
+        model, _arguments(tmp_path, max_steps=4), train_dataset=_rows(), callbacks=[callback]
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    for A, B in _factors(model).values():
+        left, right = A.double() @ A.double().mT, B.double().mT @ B.double()
+        assert float((left - right).norm() / left.norm()) < 1e-4
+    with pytest.raises(ls.LorasmithError, match="refuse or accept"):
+        DynamicsCallback(GaugeProjection(), changed="no")  # type: ignore[arg-type]

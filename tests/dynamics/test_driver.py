@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
+import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -430,7 +434,7 @@ def test_added_parameters_train_and_survive_a_checkpoint(tmp_path: Path) -> None
     # The loop that resumes does not know the added parameter when it loads.
     fresh = torch.optim.AdamW([dict(g) for g in groups])
     scheduler = torch.optim.lr_scheduler.LambdaLR(fresh, lambda n: 0.9**n)
-    fresh.load_state_dict(saved)
+    fresh.load_state_dict(copy.deepcopy(saved))  # else it trains on in the tensors of ``saved``
     scheduler.load_state_dict(plan)
     again = Adds()
     driver = ls.Dynamics(model, again, fresh)
@@ -695,3 +699,284 @@ def test_an_adapter_without_factors_is_named() -> None:
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
     with pytest.raises(UnknownNameError, match="the ia3 adapter 'default'"):
         ls.Dynamics(model, ls.GaugeProjection(), optimizer)
+
+
+# -- what is compared when a run resumes ---------------------------------------------------
+
+
+def _saved(rules: list[Dynamic], optimizer: Any = torch.optim.AdamW) -> tuple[Any, dict[str, Any]]:
+    """A model trained for two steps with rules, and the optimiser's state of then, from a file."""
+    model = llama().train()
+    adapter = ls.attach(model, ls.LoRAConfig(r=2))
+    trained = optimizer(adapter.parameters(), lr=0.01)
+    with ls.Dynamics(model, rules, trained):
+        _steps(model, trained, 2)
+        buffer = io.BytesIO()
+        torch.save(trained.state_dict(), buffer)
+    buffer.seek(0)
+    return model, torch.load(buffer, weights_only=True)
+
+
+def _steps(model: nn.Module, optimizer: Any, count: int) -> None:
+    for seed in range(count):
+        optimizer.zero_grad()
+        model(**_batch(seed)).loss.backward()
+        optimizer.step()
+
+
+def _rules(**changes: Any) -> list[Dynamic]:
+    settings: dict[str, Any] = {"mu": 2.0, "kind": "spectral", "alpha": 1.5, **changes}
+    return [
+        ls.GaugeProjection(mu=settings["mu"]),
+        ls.EntropyGovernor(
+            ls.OrthogonalityPenalty(settings["kind"], refresh_every=1), alpha=settings["alpha"]
+        ),
+        ls.RotationBudget(4),
+    ]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["bound-first", "loaded-first"])
+@pytest.mark.parametrize(
+    ("rules", "differs"),
+    [
+        (lambda: _rules(mu=1.0), ["gauge.mu 2.0", "gauge.mu 1.0"]),
+        (lambda: _rules(mu="auto"), ["gauge.mu 2.0", "gauge.mu 'auto'"]),
+        (lambda: _rules(alpha=1), ["entropy.alpha 1.5", "entropy.alpha 1"]),
+        (lambda: _rules(kind="shadow"), ["'kind': 'spectral'", "'kind': 'shadow'"]),
+        (
+            lambda: _rules()[::-1],
+            ["order gauge, entropy, budget", "order budget, entropy, gauge"],
+        ),
+    ],
+)
+def test_changed_options_and_order_are_an_error(rules: Any, differs: list[str], late: bool) -> None:
+    model, saved = _saved(_rules())
+    adapter = ls.attached(model)["default"]
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.01)
+    if late:
+        optimizer.load_state_dict(saved)
+        with pytest.raises(TrainingError, match="not as they are now") as caught:
+            ls.Dynamics(model, rules(), optimizer)
+    else:
+        with (
+            ls.Dynamics(model, rules(), optimizer),
+            pytest.raises(TrainingError, match="not as they are now") as caught,
+        ):
+            optimizer.load_state_dict(saved)
+    text = str(caught.value)
+    assert all(part in text for part in differs)
+    assert 'changed="accept"' in text
+
+
+def test_equal_options_however_said_go_on() -> None:
+    model, saved = _saved(_rules())
+    optimizer = torch.optim.AdamW(ls.attached(model)["default"].parameters(), lr=0.01)
+    optimizer.load_state_dict(saved)
+    rules = [
+        ls.GaugeProjection(2, every=1),  # the default, said
+        ls.EntropyGovernor(alpha=np.float64(1.5), penalty=ls.OrthogonalityPenalty(refresh_every=1)),
+        ls.RotationBudget(max_deg=4.0, per="head"),
+    ]
+    with ls.Dynamics(model, rules, optimizer) as driver:
+        assert driver.resumed
+
+
+def test_changed_options_can_be_accepted(caplog: pytest.LogCaptureFixture) -> None:
+    model, saved = _saved(_rules())
+    adapter = ls.attached(model)["default"]
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.01)
+    optimizer.load_state_dict(saved)
+    rules = _rules(mu=0.5)
+    with (
+        caplog.at_level("WARNING", "lorasmith"),
+        ls.Dynamics(model, [rules[1], rules[0], rules[2]], optimizer, changed="accept") as driver,
+    ):
+        assert driver.resumed
+        assert driver.steps == 2
+        _steps(model, optimizer, 1)
+        for part in adapter.layers().values():  # the present option acts
+            A, B = part["A"].detach().double(), part["B"].detach().double()
+            left, right = A @ A.mT, 0.5 * B.mT @ B
+            assert float((left - right).norm() / left.norm()) < 1e-5
+        again = optimizer.state_dict()
+    assert "gauge.mu 2.0" in caplog.text
+    assert "gauge.mu 0.5" in caplog.text
+    assert "order gauge, entropy, budget" in caplog.text
+    fresh = torch.optim.AdamW(adapter.parameters(), lr=0.01)
+    fresh.load_state_dict(again)  # what was accepted is what is saved
+    rules = _rules(mu=0.5)
+    ls.Dynamics(model, [rules[1], rules[0], rules[2]], fresh).close()
+    with pytest.raises(ConfigError, match="refuse or accept"):
+        ls.Dynamics(model, _rules(), optimizer, changed="ignore")  # type: ignore[arg-type]
+
+
+def test_a_rule_of_ones_own_is_compared_without_a_line_for_it() -> None:
+    class Shrink(Dynamic):
+        name = "shrink"
+
+        def __init__(self, factor: float = 0.9, **more: Any) -> None:
+            self.factor = factor
+
+    class Slow(Shrink):
+        def __init__(self, patience: int) -> None:
+            super().__init__(0.99)
+
+    assert Shrink().made_with() == {"factor": 0.9}
+    assert Shrink(0.5, other=(1, "x")).made_with() == {"factor": 0.5, "other": [1, "x"]}
+    assert Slow(3).made_with() == {"patience": 3}
+    assert copy.deepcopy(Slow(3)).made_with() == {"patience": 3}
+    with pytest.raises(TypeError, match="patience"):
+        Slow()  # type: ignore[call-arg]
+    model, saved = _saved([Shrink(0.5)], torch.optim.SGD)
+    optimizer = torch.optim.SGD(ls.attached(model)["default"].parameters(), lr=0.01)
+    with (
+        ls.Dynamics(model, Shrink(0.6), optimizer),
+        pytest.raises(TrainingError, match=r"shrink\.f"),
+    ):
+        optimizer.load_state_dict(saved)
+
+
+def test_state_that_a_loop_without_dynamics_has_carried_along_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, saved = _saved(_rules())
+    adapter = ls.attached(model)["default"]
+    without = torch.optim.AdamW(adapter.parameters(), lr=0.01)
+    without.load_state_dict(saved)
+    _steps(model, without, 3)
+    carried = without.state_dict()
+    assert "lorasmith_dynamics" in carried["param_groups"][0]  # nothing of ours ran there
+
+    def fresh() -> torch.optim.Optimizer:
+        made = torch.optim.AdamW(adapter.parameters(), lr=0.01)
+        made.load_state_dict(carried)
+        return made
+
+    with pytest.raises(TrainingError, match="made steps since") as caught:
+        ls.Dynamics(model, _rules(), fresh())
+    assert "optimiser steps 2" in str(caught.value)
+    assert "optimiser steps 5" in str(caught.value)
+    with (
+        caplog.at_level("WARNING", "lorasmith"),
+        ls.Dynamics(model, _rules(), fresh(), changed="accept") as driver,
+    ):
+        assert driver.steps == 2
+    assert "made steps since" in caplog.text
+    # The way out that the message names: they start anew.
+    optimizer = fresh()
+    optimizer.param_groups[0].pop("lorasmith_dynamics")
+    with ls.Dynamics(model, _rules(), optimizer) as driver:
+        assert not driver.resumed
+
+
+# -- copies of the model -------------------------------------------------------------------
+
+
+def _by_pickle(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    copied: nn.Module = torch.load(buffer, weights_only=False)
+    return copied
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, _by_pickle])
+@pytest.mark.parametrize("peft", [False, True])
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_a_copy_of_the_model_leaves_the_driver_behind(how: Any, peft: bool) -> None:
+    model: Any = llama().train()
+    if peft:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    else:
+        ls.attach(model, ls.LoRAConfig(r=2))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    watch = Watch(needs=("entropy",))
+
+    def drivers() -> set[int]:
+        return {id(one) for one in gc.get_objects() if type(one) is ls.Dynamics}
+
+    with ls.Dynamics(model, [watch, ls.GaugeProjection()], optimizer) as driver:
+        known = drivers()
+        model(**_batch(), task="a").loss.backward()
+        if how is copy.deepcopy:
+            twin = how(model)
+        else:
+            for p in trained:  # a gradient hook on a leaf is not pickled either
+                p.grad = None
+            twin = how(model)
+        assert drivers() - known == set()
+        # It computes the same, takes the same batches, and nobody watches it.
+        theirs = twin(**_batch(5), task="b")
+        assert len(watch.selected) == 1
+        with torch.no_grad():
+            mine = type(model).forward(model, **_batch(5))
+        assert torch.equal(theirs.logits, mine.logits)
+        theirs.loss.backward()
+        own = [p for p in twin.parameters() if p.requires_grad]
+        assert not {id(p) for p in own} & {id(p) for p in trained}
+        before = [p.detach().clone() for p in trained]
+        torch.optim.SGD(own, lr=0.1).step()
+        assert (watch.seen, driver.steps) == ([], 0)
+        assert all(torch.equal(a, b) for a, b in zip(before, trained, strict=True))
+        # The original goes on, with its own batches alone.
+        if how is _by_pickle:
+            model(**_batch(), task="a").loss.backward()
+        optimizer.step()
+        assert list(watch.seen[0].statistics.tasks) == ["a"]
+        # And the copy can have dynamics of its own, at the same time.
+        optimizer_2, second = torch.optim.SGD(own, lr=0.1), Watch()
+        with ls.Dynamics(twin, second, optimizer_2):
+            twin(**_batch(), task="c").loss.backward()
+            optimizer_2.step()
+        assert list(second.seen[0].statistics.tasks) == ["c"]
+        assert (len(watch.seen), len(second.seen)) == (1, 1)
+
+
+def test_two_penalties_at_once_are_told() -> None:
+    def bound(*rules: Dynamic) -> None:
+        model = llama()
+        adapter = ls.attach(model, ls.LoRAConfig(r=2))
+        ls.Dynamics(model, rules, torch.optim.SGD(adapter.parameters(), lr=0.1)).close()
+
+    with pytest.warns(UserWarning, match="'entropy' and 'orthogonality' add two penalties"):
+        bound(ls.EntropyGovernor(), ls.OrthogonalityPenalty())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bound(ls.EntropyGovernor(), ls.RotationBudget())
+        penalty = ls.RotationBudget(kind="penalty")
+        bound(ls.EntropyGovernor(penalty), ls.OrthogonalityPenalty())
+
+
+def test_two_penalties_add_up() -> None:
+    """What the warning says happens: the gradient of both, each with its own weight."""
+
+    def gradients(*rules: Dynamic) -> list[Tensor]:
+        model = llama().train()
+        adapter = ls.attach(model, ls.LoRAConfig(r=2))
+        with torch.no_grad():
+            for part in adapter.layers().values():
+                part["B"].normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+        optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+        model(**_batch()).loss.backward()
+        if rules:
+            with ls.Dynamics(model, rules, optimizer) as driver:
+                out = model(**_batch())
+                driver.optimizer.zero_grad()
+                out.loss.backward()
+                optimizer.step()
+        return [p.grad for p in adapter.parameters() if p.grad is not None]
+
+    def penalty() -> ls.OrthogonalityPenalty:
+        return ls.OrthogonalityPenalty(weight=0.5, max_ratio=None)
+
+    governed = ls.EntropyGovernor(penalty())
+    none, one, other = gradients(), gradients(governed), gradients(penalty())
+    with pytest.warns(UserWarning, match="two penalties"):
+        both = gradients(ls.EntropyGovernor(penalty()), penalty())
+    weight = governed.metrics()["lambda"]
+    for a, b, c, d in zip(none, one, other, both, strict=True):
+        torch.testing.assert_close(b - a, weight * (c - a), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(d - a, (1 + weight) * (c - a), rtol=1e-3, atol=1e-6)

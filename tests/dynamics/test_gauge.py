@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -318,6 +319,63 @@ def test_directions_that_b_lacks_are_left_alone_and_the_others_balanced() -> Non
     R = torch.from_numpy(reference(expected[0][rest], expected[1][:, rest], 0.4))
     assert distance(A[rest], R @ old[rest].double()) < 1e-6
     assert float(gauge_residual(A[rest], B[:, rest], 0.4)) < 1e-6
+
+
+def common_residual(A: Tensor, B: Tensor, mu: float) -> float:
+    """On U = range(P A Aᵀ P), P onto range(Bᵀ), by numpy's SVD."""
+    a, b = A.double().numpy(), B.double().numpy()
+
+    def onto(matrix: Any) -> Any:  # the projector onto its range
+        u, s, _ = np.linalg.svd(matrix)
+        u = u[:, : int((s > 1e-6 * max(np.linalg.norm(matrix), 1e-30)).sum())]
+        return u @ u.T
+
+    within = onto(onto(b.T) @ a)
+    left, right = within @ a @ a.T @ within, mu * within @ b.T @ b @ within
+    half = (np.linalg.norm(left) + np.linalg.norm(right)) / 2
+    return float(np.linalg.norm(left - right) / half) if half > 0 else 0.0
+
+
+@settings(max_examples=40)
+@given(
+    r=st.integers(1, 6),
+    lost_a=st.integers(0, 6),
+    lost_b=st.integers(0, 6),
+    seed=st.integers(0, 2**16),
+)
+def test_the_residual_is_of_the_directions_that_both_factors_have(
+    r: int, lost_a: int, lost_b: int, seed: int
+) -> None:
+    A, B = factors(r, r + 9, r + 6, seed, dtype=torch.float64)
+    A, B = spread_out(A), spread_out(B.T).T
+    # What is lost is different for the two, and in no basis that the code may know.
+    q = torch.linalg.qr(factors(r, r, 1, seed + 1, dtype=torch.float64)[0])[0]
+    A = q @ torch.diag((torch.arange(r) >= lost_a).double()) @ q.T @ A
+    q = torch.linalg.qr(factors(r, r, 1, seed + 2, dtype=torch.float64)[0])[0]
+    B = B @ q @ torch.diag((torch.arange(r) >= lost_b).double()) @ q.T
+    expected = common_residual(A, B, 0.7)
+    assert float(gauge_residual(A, B, 0.7, directions="common")) == pytest.approx(
+        expected, abs=1e-6
+    )
+    report = project_gauge_((A, B), 0.7)
+    assert report.before["0"] == pytest.approx(expected, abs=1e-6)
+    assert report.after["0"] < 1e-6
+    assert common_residual(A, B, 0.7) < 1e-6
+
+
+def test_a_layer_without_directions_has_nothing_off() -> None:
+    A, B = factors(4, 20, 12)
+    stack = torch.stack([A, A, A]), torch.stack([B, torch.zeros_like(B), B * math.nan])
+    found = gauge_residual(*stack, 0.5, directions="common")
+    assert float(found[0]) == pytest.approx(float(gauge_residual(A, B, 0.5)), rel=1e-9)
+    assert float(found[1]) == 0.0
+    assert math.isnan(found[2])
+    assert float(gauge_residual(*stack, 0.5)[1]) == pytest.approx(2.0)
+    report = project_gauge_({"used": (A, B), "unused": (A.clone(), torch.zeros(12, 4))})
+    assert report.before["unused"] == report.after["unused"] == 0.0
+    assert report.before["used"] > 0.1
+    with pytest.raises(ConfigError, match="Unknown directions"):
+        gauge_residual(A, B, directions="some")  # type: ignore[arg-type]
 
 
 def test_noise_of_rounding_is_no_direction() -> None:

@@ -528,6 +528,26 @@ def test_the_rule_does_what_the_wrapper_does(moments: Any) -> None:
     assert 1 < found["condition"] < 100
 
 
+def test_the_residual_is_no_alarm_before_anything_has_been_learned() -> None:
+    """The first steps of LoRA: B = 0 everywhere, then in some layers and directions."""
+    model = mlp()
+    adapter = ls.attach(model, ls.LoRAConfig(r=3))
+    rule = GaugeProjection()
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.0)
+    with ls.Dynamics(model, rule, optimizer, observe="manual"):
+        for rate in (0.0, 0.1, 0.1):
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.zero_grad()
+            backward(model)
+            b = pairs(model)["0"][1]
+            b.grad[:, 1:] = 0.0  # a direction of one layer is used, and no other
+            optimizer.step()
+            found = rule.metrics()
+            assert found["residual"] < 1e-6
+            assert found["deficient"] == (2.0 if rate == 0.0 else 1.0)
+            assert (found["imbalance"] > 1e-4) == (rate > 0.0)
+
+
 def test_the_rule_resumes() -> None:
     def build() -> Any:
         model, inner = make()

@@ -18,12 +18,13 @@ import torch
 import lorasmith as ls
 from lorasmith.errors import ConfigError, NonFiniteLossError, TrainingError, UnknownNameError
 from lorasmith.training import loss, trainer
+from lorasmith.training.anchor import RowsAnchor
 from lorasmith.training.config import AdapterOptions, TrainConfig
 from lorasmith.training.data import load_rows
 from lorasmith.training.evaluate import evaluate
 from lorasmith.training.models import load_model
 from lorasmith.training.trainer import TrainResult, train
-from tests.training.tiny import ROWS, save_tiny, write_rows
+from tests.training.tiny import ROWS, make_tokenizer, save_tiny, write_rows
 
 TASKS = [{**row, "task": "long" if i % 2 == 0 else "short"} for i, row in enumerate(ROWS)]
 
@@ -378,6 +379,50 @@ def test_the_best_adapters_of_the_tasks_come_back(
     assert result.eval_loss == pytest.approx(measured.loss, rel=1e-5)
 
 
+@pytest.mark.parametrize("packing", ["off", "auto"])
+def test_an_anchor_of_rows(
+    config: Callable[..., TrainConfig], monkeypatch: Any, tmp_path: Path, packing: str
+) -> None:
+    """S follows the loss on rows that the run names; ``evaluate`` measures it beside."""
+    kept = str(write_rows(tmp_path / "kept.jsonl", ROWS[::-1]))
+    first = load_rows(kept, limit=3, seed=0)
+    options = {"stress": {"anchor": {"data": kept, "rows": 3}, "anchor_every": 2}}
+    made = config(dynamics=("stress",), dynamics_options=options, packing=packing, lr=0.3)
+    (rule,) = made.make_dynamics()
+    assert rule.weights == (0.5, 1.0, 1.0)  # as with any anchor
+    with pytest.raises(ConfigError, match="have not been loaded"):
+        rule.anchor()
+    losses: list[float] = []
+    original = RowsAnchor.__call__
+    tokenizer = make_tokenizer()
+
+    def beside(self: Any) -> Any:
+        found = original(self)
+        measured = evaluate(self._model, tokenizer, first, exact_match=False).loss
+        losses.append(measured)
+        assert float(found) == pytest.approx(measured, rel=1e-5)
+        return found
+
+    monkeypatch.setattr(RowsAnchor, "__call__", beside)
+    train(made, progress=False)
+    assert len(losses) == 4
+    memory = [r["memory"] for r in json.loads((tmp_path / "out" / "stress.json").read_text())]
+    lowest = [min(losses[: i + 1]) for i in range(4)]
+    rises = [(loss - low) / abs(low) for loss, low in zip(losses, lowest, strict=True)]
+    assert (max(memory) > 0) == (max(rises) > 0)
+    assert [m > 0 for m in memory[::2]] == [rise > 0 for rise in rises]
+    assert memory[1::2] == memory[::2]
+
+
+@pytest.mark.parametrize(
+    "anchor", [3, {"rows": 3}, {"data": "x", "lines": 3}, {"data": "x", "rows": 0}, ["x"]]
+)
+def test_an_anchor_that_is_none(config: Callable[..., TrainConfig], anchor: Any) -> None:
+    made = config(dynamics=("stress",), dynamics_options={"stress": {"anchor": anchor}})
+    with pytest.raises(ConfigError, match="not an anchor"):
+        made.make_dynamics()
+
+
 # -- several processes -------------------------------------------------------------------------
 
 
@@ -407,8 +452,7 @@ def test_two_processes_make_the_run_of_one(
             *("--steps", "6", "--lr", "1e-2", "--device", "cpu", "--adapter.r", "4"),
             *("--batch-size", "3", "--packing", "off", "--eval-split", "0.25", "--log-steps", "1"),
             *("--dynamics", names, "--dynamics-options", json.dumps(options)),
-            # The gradients of task adapters are averaged after the clipping of each process.
-            *("--max-grad-norm", "0"),
+            *("--max-grad-norm", "0.05"),
         ],
         capture_output=True,
         text=True,
@@ -429,7 +473,7 @@ def test_two_processes_make_the_run_of_one(
         eval_split=0.25,
         dynamics=tuple(names.split(",")),
         dynamics_options=options,
-        max_grad_norm=0.0,
+        max_grad_norm=0.05,
     )
     if stress:
         histories = [

@@ -18,7 +18,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorasmith.dynamics.driver import Dynamics, as_rules
+from lorasmith.dynamics.driver import Changed, Dynamics, as_rules, check_changed
 from lorasmith.dynamics.protocol import Dynamic
 from lorasmith.errors import MissingDependencyError
 
@@ -46,6 +46,9 @@ class DynamicsCallback(TrainerCallback):
         adapter: Name of the adapter; by default the active one.
         tasks: Names of the tasks, where there are several; a number in the batch's ``task``
             is an index into them.
+        changed: Of a resumed run: ``"refuse"`` a checkpoint of the same rules with other options
+            or in another order, or ``"accept"`` it with a warning; see
+            :class:`~lorasmith.dynamics.driver.Dynamics`.
 
     Attributes:
         driver: The rules at work, between ``on_train_begin`` and ``on_train_end``.
@@ -57,10 +60,13 @@ class DynamicsCallback(TrainerCallback):
         *,
         adapter: str | None = None,
         tasks: Sequence[str] = (),
+        changed: Changed = "refuse",
     ) -> None:
         self.rules = as_rules(rules)
         self.adapter = adapter
         self.tasks = tuple(tasks)
+        check_changed(changed)
+        self.changed = changed
         self.driver: Dynamics | None = None
 
     def on_train_begin(
@@ -74,7 +80,14 @@ class DynamicsCallback(TrainerCallback):
     ) -> None:
         """Binds the rules; a resumed optimiser brings their state."""
         self.close()  # what an earlier run left when it failed
-        self.driver = Dynamics(model, self.rules, optimizer, adapter=self.adapter, tasks=self.tasks)
+        self.driver = Dynamics(
+            model,
+            self.rules,
+            optimizer,
+            adapter=self.adapter,
+            tasks=self.tasks,
+            changed=self.changed,
+        )
         if state.global_step and not self.driver.resumed:
             logger.warning(
                 "The checkpoint at step %d holds no state of the dynamics; they start anew.",

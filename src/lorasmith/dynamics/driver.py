@@ -9,7 +9,22 @@ The rules' state travels inside the optimiser's ``state_dict`` (an extra entry o
 parameter group, which every ``torch.optim.Optimizer`` carries along), and so in the
 checkpoints of any loop that saves its optimiser. Parameters that a rule has added are taken
 out of it, since the loop that loads it does not know them yet; they come back with the
-rule's own state.
+rule's own state. With the state go the rules' order and options, and how many steps the
+optimiser had counted: what loads it compares all three.
+
+A loop without dynamics that loads such a checkpoint hands the entry on in its own, unread:
+``torch.optim.Optimizer.load_state_dict`` keeps whatever a group holds, and no code of ours runs
+there. The first that can tell is the next driver, by the steps that the optimiser has counted
+since (SGD counts none; there it goes unnoticed).
+
+Gradients of parameters that a rule has added are averaged over processes at the end of each
+backward pass in which ``DistributedDataParallel`` averages its own, which knows only those it was
+made with: clipping, ``GradScaler`` and all else before the step then find the same numbers
+everywhere. Without that wrapper they are averaged when the step begins.
+
+A deep copy or a pickle of the model leaves the driver behind: the copy's hooks know none. They
+observe nothing, and go on taking ``task`` out of the model's arguments, so that the copy can be
+given the same batches.
 
 What the model does is observed by a hook on its forward pass in training mode, or by calls
 of :meth:`Dynamics.observe` from loops that compute their loss elsewhere. Sums stay on the
@@ -19,6 +34,9 @@ device; several processes add theirs up once a step.
 from __future__ import annotations
 
 import itertools
+import logging
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
@@ -26,6 +44,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from lorasmith.core.adapter import unwrap
@@ -41,7 +60,12 @@ STATE_KEY = "lorasmith_dynamics"
 #: Name under which a batch says to which task its rows belong.
 TASK_KEY = "task"
 
-_FORMAT = 1
+_FORMAT = 2
+
+logger = logging.getLogger(__name__)
+
+#: What to do about a checkpoint of rules with other options or in another order.
+Changed = Literal["refuse", "accept"]
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -75,12 +99,15 @@ class Context:
         adapter: str,
         tasks: Sequence[str],
         on_sites: Callable[[tuple[Site, ...]], None],
+        on_gradient: Callable[[Tensor], None],
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.adapter = adapter
         self.tasks = tuple(tasks)
         self._on_sites = on_sites
+        self._on_gradient = on_gradient
+        self._handles: dict[str, RemovableHandle] = {}
         self.sites = find_sites(model, adapter or None)
         #: Parameters that rules have added, by the names that they gave them.
         self.added: dict[str, nn.Parameter] = {}
@@ -117,6 +144,8 @@ class Context:
         if "param_names" in group:
             group["param_names"].append(name)
         self.added[name] = parameter
+        if parameter.requires_grad:
+            self._handles[name] = parameter.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
         state = self.stash.pop(name, None)
         if state is None and like is not None:
             state = self.optimizer.state.get(like)
@@ -134,6 +163,17 @@ class Context:
                 group["param_names"][:] = [n for n in group["param_names"] if n != name]
         self.optimizer.state.pop(parameter, None)
         del self.added[name]
+        self._release(name)
+
+    def _release(self, *names: str) -> None:
+        for name in names or tuple(self._handles):
+            handle = self._handles.pop(name, None)
+            if handle is not None:
+                handle.remove()
+
+    def close(self) -> None:
+        """Takes the hooks off the added parameters, which stay."""
+        self._release()
 
 
 def _on_device_of(parameter: Tensor, value: Any, key: str, group: Mapping[str, Any]) -> Any:
@@ -196,6 +236,30 @@ def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+class _ModelHook:
+    """A hook on the model that a copy of the model does not bring the driver along with.
+
+    A bound method would be copied with the driver, its rules and the optimiser, and the copy be
+    observed by that second driver.
+    """
+
+    def __init__(self, driver: Dynamics | None, after: bool) -> None:
+        self._driver = None if driver is None else weakref.ref(driver)
+        self._after = after
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], *output: Any) -> Any:
+        driver = None if self._driver is None else self._driver()
+        if driver is not None:
+            act: Any = driver._after_forward if self._after else driver._before_forward
+            return act(module, args, kwargs, *output)
+        if self._after or TASK_KEY not in kwargs:
+            return None
+        return args, {key: value for key, value in kwargs.items() if key != TASK_KEY}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ModelHook, (None, self._after)
+
+
 class Dynamics:
     """Makes rules act in any training loop, from now until it is closed.
 
@@ -214,6 +278,11 @@ class Dynamics:
         tasks: Names of the tasks, where there are several; needed with several processes.
         observe: ``"auto"``: loss and entropy are taken from the model's output in training
             mode. ``"manual"``: the loop calls :meth:`observe`.
+        changed: What to do when the state of the same rules comes from a checkpoint, but with
+            other options or in another order, or when the optimiser has since made steps
+            without them. ``"refuse"``: an error that says what differs. ``"accept"``: a warning;
+            the present options act, on the state as it is (so α of an ``EntropyGovernor``, which
+            is state, goes on from the checkpoint).
 
     Attributes:
         rules: The rules, in order.
@@ -225,6 +294,10 @@ class Dynamics:
         UnknownNameError: The model has no low-rank adapter; the message says what was looked
             for.
         ConfigError: A rule cannot work on it.
+        TrainingError: The optimiser comes with the state of other rules; see ``changed``.
+
+    Warns:
+        UserWarning: Two of the rules apply a penalty of the same kind.
     """
 
     def __init__(
@@ -236,9 +309,12 @@ class Dynamics:
         adapter: str | None = None,
         tasks: Sequence[str] = (),
         observe: Literal["auto", "manual"] = "auto",
+        changed: Changed = "refuse",
     ) -> None:
         self.rules = as_rules(rules)
         _check_rules(self.rules)
+        check_changed(changed)
+        self.changed = changed
         if observe not in ("auto", "manual"):
             raise ConfigError("Unknown observe.", expected="auto or manual", got=repr(observe))
         self.steps = 0
@@ -250,6 +326,11 @@ class Dynamics:
         self._blind = False
         #: Whether gradients have come since the last step.
         self._backward = False
+        #: Whether the backward pass of the last forward pass ends with an average over processes.
+        self._syncs = False
+        #: Whether such an average has been asked for in the backward pass under way, and whether
+        #: the gradients of added parameters are averages now.
+        self._asked = self._averaged = False
         self._step: Step | None = None
         #: Groups whose learning rate is scaled at the moment, with the rate of before.
         self._rates: list[tuple[dict[str, Any], Any]] = []
@@ -260,7 +341,9 @@ class Dynamics:
         #: Added parameters that were taken out of the groups for a checkpoint to be loaded.
         self._waiting: list[tuple[str, nn.Parameter]] = []
         name = active_adapter(model, adapter)
-        self.context = Context(self._inner, raw, name, tasks, self._on_sites)
+        self.context = Context(
+            self._inner, raw, name, tasks, self._on_sites, self._note_added_gradient
+        )
         _check_owned(raw, self.context.sites)
         _check_alone(raw)
         bound: list[Dynamic] = []
@@ -275,7 +358,9 @@ class Dynamics:
                 handle.remove()
             for rule in bound:
                 rule.close()
+            self.context.close()
             raise
+        _warn_of_two_penalties(self.rules)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -297,15 +382,18 @@ class Dynamics:
         keep(optimizer.register_load_state_dict_pre_hook(self._before_load))
         keep(optimizer.register_load_state_dict_post_hook(self._after_load))
         module = self._inner
-        keep(module.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True))
+        before, after = (_ModelHook(self, after=late) for late in (False, True))
+        keep(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
         for site in self.context.sites:
             keep(site.B.register_post_accumulate_grad_hook(self._note_backward))  # type: ignore[no-untyped-call]
         if auto:
-            keep(self._inner.register_forward_hook(self._after_forward, with_kwargs=True))
+            keep(module.register_forward_hook(after, with_kwargs=True))
 
     def _before_forward(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if torch.is_grad_enabled():
+            self._syncs, self._asked = _ddp_syncs(), False
         if TASK_KEY not in kwargs:
             if self._named_by_batch:  # the one before said its task; this one has none
                 self._tasks, self._named_by_batch = None, False
@@ -475,6 +563,19 @@ class Dynamics:
     def _note_backward(self, _: Tensor) -> None:
         self._backward = True
 
+    def _note_added_gradient(self, _: Tensor) -> None:
+        self._backward, self._averaged = True, False
+        if self._syncs and not self._asked:
+            # DDP waits for its own averages in such a callback, queued before: the order is the
+            # same on all processes.
+            self._asked = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
+
+    def _after_backward(self) -> None:
+        self._asked = False
+        self._share_added_gradients()
+        self._averaged = True
+
     def _drop_abandoned(self) -> None:
         """Forgets batches whose gradients were thrown away: the step was dropped.
 
@@ -538,7 +639,9 @@ class Dynamics:
 
     def _begin(self, optimizer: torch.optim.Optimizer) -> None:
         self._backward = False
-        self._share_added_gradients()
+        if not self._averaged:
+            self._share_added_gradients()
+        self._averaged = False
         needs = self.needs
         statistics = self._sums.statistics(
             self.context.tasks, self._device, entropy="entropy" in needs
@@ -620,25 +723,71 @@ class Dynamics:
             "format": _FORMAT,
             "steps": self.steps,
             "rules": {rule.name: rule.state_dict() for rule in self.rules},
+            "options": {rule.name: rule.made_with() for rule in self.rules},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes back to a state.
 
         Raises:
-            TrainingError: If it is that of other rules.
+            TrainingError: If it is that of other rules, or (unless ``changed="accept"``) of the
+                same with other options or in another order.
         """
-        mine, found = [r.name for r in self.rules], list(state.get("rules", {}))
-        if state.get("format") != _FORMAT or sorted(mine) != sorted(found):
+        if state.get("format") != _FORMAT:
+            raise TrainingError(
+                "The state of the dynamics was written by another version of lorasmith.",
+                expected=f"format {_FORMAT}",
+                got=f"format {state.get('format')}",
+                fix="resume with that version, or start anew: "
+                f"optimizer.param_groups[0].pop({STATE_KEY!r})",
+            )
+        mine, found = [r.name for r in self.rules], list(state["rules"])
+        if sorted(mine) != sorted(found):
             raise TrainingError(
                 "The checkpoint is of a run with other dynamics.",
-                expected=", ".join(mine),
-                got=", ".join(found) or "none",
+                expected=", ".join(found) or "none",
+                got=", ".join(mine),
                 fix="resume with the same dynamics, or start anew",
             )
+        self._compare(state["options"], found)
         self.steps = int(state["steps"])
         for rule in sorted(self.rules, key=lambda rule: not rule.makes_sites):
             rule.load_state_dict(state["rules"][rule.name])
+
+    def _compare(self, options: Mapping[str, Any], order: Sequence[str]) -> None:
+        """The rules' order and options with those of the checkpoint."""
+        mine = [rule.name for rule in self.rules]
+        differences: list[tuple[str, Any, Any]] = []
+        if mine != list(order):
+            differences.append(("order", ", ".join(order), ", ".join(mine)))
+        for rule in self.rules:
+            then, now = options[rule.name], rule.made_with()
+            differences += [
+                (f"{rule.name}.{key}", _shown(then, key), _shown(now, key))
+                for key in dict.fromkeys([*then, *now])
+                if key not in then or key not in now or then[key] != now[key]
+            ]
+        self._refuse_or_warn(
+            differences,
+            "The checkpoint is of a run with the same dynamics, but not as they are now.",
+            "resume with what the checkpoint has",
+        )
+
+    def _refuse_or_warn(
+        self, differences: Sequence[tuple[str, Any, Any]], what: str, fix: str
+    ) -> None:
+        if not differences:
+            return
+        saved, present = ("; ".join(f"{row[0]} {row[i]}" for row in differences) for i in (1, 2))
+        if self.changed == "refuse":
+            raise TrainingError(
+                what,
+                expected=f"as in the checkpoint: {saved}",
+                got=present,
+                fix=f'{fix}, or go on with changed="accept"',
+                key=differences[0][0],
+            )
+        logger.warning("%s Going on: %s → %s.", what, saved, present)
 
     def _into_state_dict(
         self, optimizer: torch.optim.Optimizer, packed: dict[str, Any]
@@ -664,7 +813,11 @@ class Dynamics:
                 stash[names[index]] = dict(value)
             else:
                 states[renamed.get(index, index)] = value
-        groups[0][STATE_KEY] = {"dynamics": self.state_dict(), "added": stash}
+        groups[0][STATE_KEY] = {
+            "dynamics": self.state_dict(),
+            "added": stash,
+            "counted": _counted(states.values()),
+        }
         return {**packed, "state": states, "param_groups": groups}
 
     def _before_load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -688,6 +841,7 @@ class Dynamics:
             return False
         self.context.stash = dict(carried["added"])
         try:
+            self._check_fresh(carried)
             self.load_state_dict(carried["dynamics"])
         except BaseException:
             # For whoever tries again with the right rules; else these would start anew.
@@ -696,6 +850,18 @@ class Dynamics:
         finally:
             self.context.stash = {}
         return True
+
+    def _check_fresh(self, carried: Mapping[str, Any]) -> None:
+        """Raises if steps were made without dynamics since their state was saved."""
+        then, now = carried.get("counted"), _counted(self.optimizer.state.values())
+        if then is not None and now is not None and then != now:
+            self._refuse_or_warn(
+                [("optimiser steps", then, now)],
+                "The optimiser has made steps since the state of dynamics that it carries: a loop "
+                "without them went on, or a state_dict() was kept without copying it.",
+                "resume from the checkpoint of the dynamics, or start them anew: "
+                f"optimizer.param_groups[0].pop({STATE_KEY!r})",
+            )
 
     # -- the end -------------------------------------------------------------------------
 
@@ -711,6 +877,7 @@ class Dynamics:
         self._restore_rates()
         for rule in self.rules:
             rule.close()
+        self.context.close()
 
     def __enter__(self) -> Dynamics:
         return self
@@ -736,6 +903,34 @@ def _fused(output: Any) -> TokenStatistics | None:
     return TokenStatistics(loss, entropy, mask)
 
 
+def _shown(options: Mapping[str, Any], key: str) -> str:
+    return repr(options[key]) if key in options else "absent"
+
+
+def _counted(states: Iterable[Mapping[str, Any]]) -> int | None:
+    """The most steps that an optimiser has counted for a parameter; ``None`` if it counts none."""
+    return max((int(state["step"]) for state in states if "step" in state), default=None)
+
+
+def _ddp_syncs() -> bool:
+    """Whether the forward pass under way is one of DDP that averages gradients afterwards.
+
+    Outside of DDP, and in a micro-batch that is only accumulated, it is not.
+    """
+    if not _distributed():
+        return False
+    active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    return active is not None and bool(active.require_backward_grad_sync)
+
+
+def check_changed(changed: Changed) -> None:
+    """Raises if that is not a thing to do about changed rules."""
+    if changed not in ("refuse", "accept"):
+        raise ConfigError(
+            "Unknown changed.", expected="refuse or accept", got=repr(changed), key="changed"
+        )
+
+
 def as_rules(rules: Dynamic | Iterable[Dynamic]) -> tuple[Dynamic, ...]:
     """One rule or several as a tuple; what is neither is left for the check of rules."""
     given: Any = rules
@@ -757,6 +952,21 @@ def _check_rules(rules: tuple[Dynamic, ...]) -> None:
     double = sorted({n for n in names if names.count(n) > 1})
     if double:
         raise ConfigError("A dynamic is there twice.", got=", ".join(double))
+
+
+def _warn_of_two_penalties(rules: tuple[Dynamic, ...]) -> None:
+    """Whoever names a governor and its penalty may well mean one."""
+    names = [rule.name for rule in rules]
+    for rule in rules:
+        driven = getattr(getattr(rule, "penalty", None), "name", None)
+        if driven in names:
+            warnings.warn(
+                f"The dynamics {rule.name!r} and {driven!r} add two penalties: {rule.name} drives "
+                f"a penalty {driven!r} of its own, and the other one comes on top, with its fixed "
+                f"weight. If one is meant, give {rule.name} alone; options of what it drives are "
+                f"its option penalty.",
+                stacklevel=3,
+            )
 
 
 def _check_alone(optimizer: torch.optim.Optimizer) -> None:

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from lorasmith.core.lowrank import no_autocast
 from lorasmith.dynamics.orthogonality import OrthogonalityPenalty, Penalty
-from lorasmith.dynamics.protocol import Dynamic, Need, Site, Step
+from lorasmith.dynamics.protocol import Dynamic, Need, Site, Step, plain
 from lorasmith.errors import ConfigError, DataError, TrainingError
 
 if TYPE_CHECKING:
@@ -374,6 +374,10 @@ class EntropyGovernor(Dynamic):
         self._lambda: Tensor | None = None
         self._entropy: Tensor | None = None
         self._sums: Tensor | None = None
+
+    def made_with(self) -> dict[str, Any]:
+        """What it was made with; the penalty with its own options, also the default one."""
+        return super().made_with() | {"penalty": plain(self.penalty)}
 
     def bind(self, context: Context) -> None:
         self.context = context

@@ -33,6 +33,14 @@ B A has. "Vanishes" means a singular value below r · 1.2e-7 of that factor's no
 factors: 4 √(r · 2.2e-16)), that is, below the rounding of the stored numbers. A factor
 that is small, but not zero, is balanced however small it is.
 
+How far a layer is from the constraint is therefore measured on U alone: with P_U the projector
+onto it,
+
+    ‖P_U (A Aᵀ − μ BᵀB) P_U‖_F / ½ (‖P_U A Aᵀ P_U‖_F + μ ‖P_U BᵀB P_U‖_F)        0 to 2
+
+and 0 where U is empty. With full rank P_U = 1. On all directions, a layer with B = 0 would read 2
+for ever, which no gauge could change.
+
 Optimiser state (``moments="transport"``). A gradient moves as g_A → R⁻ᵀ g_A, g_B → g_B Rᵀ
 (R symmetric), and so, being linear in gradients, does a first moment: exactly. The second
 moment E[g ∘ g] of the moved gradient needs the covariances between the rows of g, which no
@@ -137,21 +145,43 @@ def gauge_transform(A: Tensor, B: Tensor, mu: float | Tensor = 1.0) -> tuple[Ten
     return core.R.reshape(*batch, r, r), core.R_inverse.reshape(*batch, r, r)
 
 
-def gauge_residual(A: Tensor, B: Tensor, mu: float | Tensor = 1.0) -> Tensor:
+def gauge_residual(
+    A: Tensor,
+    B: Tensor,
+    mu: float | Tensor = 1.0,
+    *,
+    directions: Literal["all", "common"] = "all",
+) -> Tensor:
     """How far factors are from the constraint, 0 to 2: ‖A Aᵀ − μ Bᵀ B‖ over half the norms' sum.
 
     Args:
         A: [..., r, d_in].
         B: [..., d_out, r].
         mu: μ > 0, a number or [...].
+        directions: ``"all"`` r, or ``"common"``: those that A and B both have, which are what a
+            projection can balance (U in the module's text).
 
     Returns:
-        [...] in float64; 0 where both factors are zero.
+        [...] in float64; 0 where both factors are zero (``"common"``: where no direction is in
+        both), NaN where a factor is not finite.
+
+    Raises:
+        ConfigError: If ``directions`` is something else.
     """
+    if directions not in ("all", "common"):
+        raise ConfigError(
+            "Unknown directions.", expected="all or common", got=repr(directions), key="directions"
+        )
+    batch, r = A.shape[:-2], A.shape[-2]
     with torch.no_grad(), no_autocast(A):
         a, b = A.detach().to(torch.float64), B.detach().to(torch.float64)
+        g_a, g_b = a @ a.mT, b.mT @ b
         factor = torch.as_tensor(mu, dtype=torch.float64, device=A.device)
-        return _residual(a @ a.mT, b.mT @ b, factor)
+        if directions == "all":
+            return _residual(g_a, g_b, factor)
+        g_a, g_b, factor = g_a.reshape(-1, r, r), g_b.reshape(-1, r, r), factor.expand(batch)
+        found = _common_residual(g_a, g_b, factor.reshape(-1), _tolerance(r, A.dtype))
+    return found.reshape(batch)
 
 
 def _residual(g_a: Tensor, g_b: Tensor, mu: Tensor) -> Tensor:
@@ -159,6 +189,21 @@ def _residual(g_a: Tensor, g_b: Tensor, mu: Tensor) -> Tensor:
     size = (torch.linalg.matrix_norm(g_a) + torch.linalg.matrix_norm(g_b)) / 2
     off: Tensor = torch.linalg.matrix_norm(g_a - g_b)
     return off / torch.where(size > 0, size, 1.0)
+
+
+def _inside(projector: Tensor, gram: Tensor) -> Tensor:
+    """P G P."""
+    return projector @ gram @ projector
+
+
+def _common_residual(g_a: Tensor, g_b: Tensor, mu: Tensor, tolerance: float) -> Tensor:
+    """The residual [n] of Gram matrices [n, r, r] on the directions that both have."""
+    finite = (torch.isfinite(g_a) & torch.isfinite(g_b)).flatten(1).all(1)
+    g_a, g_b = (torch.where(finite[:, None, None], g, 0.0) for g in (g_a, g_b))
+    common = _common(_unit(g_a)[0], _unit(g_b)[0], tolerance)
+    projector = _spectral(common.vectors, common.active.to(g_a.dtype))
+    found = _residual(_inside(projector, g_a), _inside(projector, g_b), mu)
+    return torch.where(finite, found, math.nan)
 
 
 def _tolerance(r: int, dtype: torch.dtype) -> float:
@@ -177,8 +222,8 @@ def _tolerance(r: int, dtype: torch.dtype) -> float:
 class _Core:
     """R and R⁻¹ [n, r, r], and [n] of each.
 
-    Residual before, condition number of R, balanced directions, and the largest factor by
-    which R or R⁻¹ makes a vector longer.
+    Residual before (on the balanced directions), condition number of R, balanced directions,
+    and the largest factor by which R or R⁻¹ makes a vector longer.
     """
 
     R: Tensor
@@ -187,6 +232,44 @@ class _Core:
     condition: Tensor
     directions: Tensor
     distance: Tensor
+
+
+def _unit(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Gram matrices [n, r, r] of trace 1 (or 0), whose largest eigenvalues are in [1 / r, 1].
+
+    Returns:
+        They, and what they were divided by [n]; R takes the scale back.
+    """
+    size = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    size = torch.where(size > 0, size, 1.0)
+    return gram / size[:, None, None], size
+
+
+@dataclass(frozen=True)
+class _Common:
+    """The directions in which neither factor vanishes, of Gram matrices of trace 1 or 0.
+
+    P G_A P = V diag(values) Vᵀ with P the projector onto range(Bᵀ), but −1 in ``values`` for what
+    is not in that; ``active`` [n, r] says which columns of V [n, r, r] span U.
+    """
+
+    vectors: Tensor
+    values: Tensor
+    active: Tensor
+    #: P, and the eigenvalues and eigenvectors of G_B.
+    reached: Tensor
+    values_b: Tensor
+    vectors_b: Tensor
+
+
+def _common(g_a: Tensor, g_b: Tensor, tolerance: float) -> _Common:
+    one = torch.eye(g_a.shape[-1], dtype=g_a.dtype, device=g_a.device)
+    values_b, vectors_b = torch.linalg.eigh(g_b)
+    reached = _spectral(vectors_b, (values_b > tolerance**2).to(g_a.dtype))
+    # A as seen from there.
+    inner = _inside(reached, g_a)
+    values, vectors = torch.linalg.eigh((inner + inner.mT) / 2 - (one - reached))
+    return _Common(vectors, values, values > tolerance**2, reached, values_b, vectors_b)
 
 
 def _spectral(vectors: Tensor, values: Tensor) -> Tensor:
@@ -201,11 +284,8 @@ def _solve(
     """R of Gram matrices [n, r, r] in float64."""
     n, r = g_a.shape[:2]
     one = torch.eye(r, dtype=g_a.dtype, device=g_a.device)
-    size_a, size_b = (g.diagonal(dim1=-2, dim2=-1).sum(-1) for g in (g_a, g_b))
     residual = _residual(g_a, g_b, mu)
-    # Unit traces; R takes the scale back. Largest eigenvalues are then in [1 / r, 1].
-    size_a, size_b = (torch.where(size > 0, size, 1.0) for size in (size_a, size_b))
-    unit_a, unit_b = g_a / size_a[:, None, None], g_b / size_b[:, None, None]
+    (unit_a, size_a), (unit_b, size_b) = _unit(g_a), _unit(g_b)
     scale = (mu * size_b / size_a).sqrt()
     lower, failed_a = torch.linalg.cholesky_ex(unit_a)
     lower_b, failed_b = torch.linalg.cholesky_ex(unit_b)
@@ -235,7 +315,10 @@ def _solve(
         found = _solve_deficient(unit_a[odd], unit_b[odd], scale[odd], tolerance)
         vectors = vectors.index_copy(0, odd, found[0])
         roots = roots.index_copy(0, odd, found[1])
-        directions = directions.index_copy(0, odd, found[2])
+        directions = directions.index_copy(0, odd, found[2].sum(1))
+        projector = _spectral(found[3], found[2].to(g_a.dtype))
+        some = _residual(_inside(projector, g_a[odd]), _inside(projector, g_b[odd]), mu[odd])
+        residual = residual.index_copy(0, odd, some)
     largest, smallest = roots.amax(-1), roots.amin(-1)
     return _Core(
         R=_spectral(vectors, roots),
@@ -249,26 +332,25 @@ def _solve(
 
 def _solve_deficient(
     g_a: Tensor, g_b: Tensor, scale: Tensor, tolerance: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Eigenvectors and eigenvalues of R where a factor is (nearly) rank deficient.
 
     Gram matrices have trace 1, or are zero.
     Eigenvalues that mean "left alone" are kept apart from all others as −1.
 
     Returns:
-        [k, r, r], [k, r] and the number of balanced directions [k].
+        [k, r, r] and [k, r], and as a mask [k, r] which columns of the fourth [k, r, r] span the
+        balanced directions.
     """
     one = torch.eye(g_a.shape[-1], dtype=g_a.dtype, device=g_a.device)
     tiny = torch.finfo(g_a.dtype).tiny
 
-    values_b, vectors_b = torch.linalg.eigh(g_b)
-    reached = _spectral(vectors_b, (values_b > tolerance**2).to(g_a.dtype))
-    # A as seen from there.
-    inner = reached @ g_a @ reached
-    values, vectors = torch.linalg.eigh((inner + inner.mT) / 2 - (one - reached))
-    active = values > tolerance**2
+    common = _common(g_a, g_b, tolerance)
+    values, vectors, active = common.values, common.vectors, common.active
+    values_b, vectors_b = common.values_b, common.vectors_b
     # Exactly nothing, where nothing is to be moved: a dead layer stays as it is bit by bit.
     vectors = torch.where(active.any(1)[:, None, None], vectors, one)
+    basis = vectors
     root_values = torch.where(active, values.clamp(min=0), 0.0).sqrt()
     root_a = _spectral(vectors, root_values)
     inverse = _spectral(vectors, torch.where(active, 1 / root_values, 0.0))
@@ -282,7 +364,7 @@ def _solve_deficient(
     roots = torch.where(kept, 1.0, (values.clamp(min=tiny) * scale[:, None]).sqrt())
     none = kept.all(1)
     vectors = torch.where(none[:, None, None], one, vectors)
-    return vectors, roots, active.sum(1)
+    return vectors, roots, active, basis
 
 
 def _not_finite(finite: Tensor, names: Sequence[str] | None) -> TrainingError:
@@ -553,11 +635,11 @@ class _Projector:
 
     @torch.no_grad()
     def residuals(self) -> list[Tensor]:
-        """Of each group [n]: the residual as it is now."""
+        """Of each group [n]: the residual now, on the directions that both factors have."""
         found = []
         for group in self.groups:
             with no_autocast(group.device):
-                found.append(_residual(*group.grams(), group.mu))
+                found.append(_common_residual(*group.grams(), group.mu, group.tolerance))
         return found
 
     def __getstate__(self) -> dict[str, Any]:
@@ -615,7 +697,11 @@ def _of_sites(sites: Iterable[Site], mu: Mu) -> list[_Pair]:
 
 
 class GaugeReport:
-    """What a projection found and did. Numbers wait on their device until they are read."""
+    """What a projection found and did. Numbers wait on their device until they are read.
+
+    Residuals are those of the directions that A and B both have (``directions="common"`` of
+    :func:`gauge_residual`), 0 where there are none.
+    """
 
     def __init__(self, groups: Sequence[_Group], cores: Sequence[_Core], after: list[Tensor]):
         self._names = [name for group in groups for name in group.names]
@@ -748,7 +834,11 @@ class GaugeProjection(Dynamic):
             otherwise refused.
 
     Metrics: ``imbalance``, the largest residual that the last projection found before it
-    acted; ``residual``, the largest now; ``condition``, the largest condition number of R.
+    acted; ``residual``, the largest now; both on the directions that A and B both have, as a
+    layer with B = 0, which is all of them before the first step, has nothing to balance
+    (``directions="common"`` of :func:`gauge_residual`). ``deficient``, the number of layers in
+    which the last projection left a direction alone; ``condition``, the largest condition
+    number of R.
 
     Raises:
         ConfigError: From ``bind``: layers share factors, or are stored in few bits. In a step:
@@ -799,6 +889,8 @@ class GaugeProjection(Dynamic):
         if self._last:
             found["imbalance"] = _largest(core.residual for core in self._last)
             found["condition"] = _largest(core.condition for core in self._last)
+            left = [(core.directions < core.R.shape[-1]).sum() for core in self._last]
+            found["deficient"] = float(sum(int(n) for n in left))
         return found
 
 
@@ -1007,7 +1099,10 @@ class GaugeProjectedOptimizer(torch.optim.Optimizer):
             after(self)
 
     def residual(self) -> float:
-        """The largest residual of all layers now (:func:`gauge_residual`); a device waits."""
+        """The largest residual of all layers now, a device waits.
+
+        On the directions that both factors have (:func:`gauge_residual`, ``"common"``).
+        """
         return _largest(self._projector.residuals())
 
     def __getstate__(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ same rule works in a plain loop, in Transformers' Trainer and in ours:
     on_evaluate    an evaluation has been made
     metrics        numbers for the log
     state_dict     all that a resumed run needs to go on bit for bit
+    made_with      its options, which a resumed run is compared with
 
 What the model did in between reaches a rule as :class:`Statistics` of the whole optimiser
 step, over all its batches and processes. They are tensors on the model's device: a rule that
@@ -22,7 +23,10 @@ the task's alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import inspect
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
@@ -166,6 +170,35 @@ class Step:
         self.skipped = True
 
 
+def plain(value: Any) -> Any:
+    """A value as a checkpoint can hold and compare it: numbers, texts, lists and dicts.
+
+    A rule becomes ``{name: its options}``, a function its name, and anything else (data, for
+    example) the name of its type: of such things only so much is compared.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, numbers.Integral):  # NumPy's, too, which a checkpoint cannot hold
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, Dynamic):
+        return {value.name: value.made_with()}
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple) and len(value) <= _LONGEST:
+        return [plain(one) for one in value]
+    if callable(value):
+        return f"{getattr(value, '__qualname__', type(value).__qualname__)}()"
+    return type(value).__qualname__
+
+
+#: Longer sequences are data, not options.
+_LONGEST = 64
+
+
 class Dynamic:
     """Base class of the rules: every moment does nothing until a rule says what.
 
@@ -185,6 +218,21 @@ class Dynamic:
 
     #: Set by :meth:`bind`.
     context: Context
+    #: The arguments of the outermost ``__init__``, defaults included.
+    _arguments: Mapping[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _noting(cls.__init__)  # type: ignore[method-assign]
+
+    def made_with(self) -> dict[str, Any]:
+        """What the rule was made with: option → value, in the form of :func:`plain`.
+
+        It goes into checkpoints, and a run that resumes with other values is told. By default
+        the arguments of the class, defaults included; a rule may leave some out.
+        """
+        return {key: plain(value) for key, value in getattr(self, "_arguments", {}).items()}
 
     def bind(self, context: Context) -> None:
         """Gets to know the model; called once, before the first step.
@@ -223,3 +271,26 @@ class Dynamic:
 
     def close(self) -> None:
         """Training is over; takes back what must not stay on the model."""
+
+
+def _noting(init: Callable[..., None]) -> Callable[..., None]:
+    """An ``__init__`` that notes its arguments, unless that of a subclass has done so."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def noting(self: Dynamic, *args: Any, **kwargs: Any) -> None:
+        if "_arguments" not in self.__dict__:
+            try:
+                bound = signature.bind(self, *args, **kwargs)
+            except TypeError:
+                pass  # the call says what is wrong
+            else:
+                bound.apply_defaults()
+                found = dict(list(bound.arguments.items())[1:])
+                for name, parameter in signature.parameters.items():
+                    if parameter.kind is parameter.VAR_KEYWORD:
+                        found |= found.pop(name)
+                self._arguments = found
+        init(self, *args, **kwargs)
+
+    return noting
