@@ -43,7 +43,7 @@ def llama(*, layers: int = 2, seed: int = 0, **changes: Any) -> nn.Module:
     return model.eval()
 
 
-def gpt2(*, layers: int = 2, seed: int = 0) -> nn.Module:
+def gpt2(*, layers: int = 2, seed: int = 0, n_positions: int = 32) -> nn.Module:
     """A GPT-2, whose layers are ``Conv1D`` (weight [d_in, d_out]) with biases."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -51,7 +51,7 @@ def gpt2(*, layers: int = 2, seed: int = 0) -> nn.Module:
     model: nn.Module = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=32,
-            n_positions=32,
+            n_positions=n_positions,
             n_embd=16,
             n_layer=layers,
             n_head=2,

@@ -13,6 +13,7 @@ from lorasmith.diagnostics.records import (
     LayerSpectrum,
     Retention,
     RotationReport,
+    Skipped,
     UnitRotation,
 )
 
@@ -118,7 +119,7 @@ def report(
         "diversity": tuple(angles) if diversity else (),
         "retention": (_RETENTION if retention is True else retention) or None,
         "head_dim": 64,
-        "skipped": {"model.vision.patch": "a convolution: only linear layers are compared"},
+        "skipped": (Skipped("model.vision.patch", "shape", "another shape"),),
         "unchanged": 1,
         "seconds": 1.25,
         "versions": {"lorasmith": "0.1.0", "torch": "2.13.0"},

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from lorasmith.diagnostics.compare import compare
+from lorasmith.diagnostics.records import Skipped
 from lorasmith.errors import ConfigError
 from tests.diagnostics.test_records import report, unit
 
@@ -30,7 +31,7 @@ def test_units_are_paired_and_absent_ones_are_unchanged() -> None:
 
 
 def test_what_one_skipped_is_not_paired() -> None:
-    one = report(unit(), skipped={"model.layers.0.self_attn.v_proj": "shape"})
+    one = report(unit(), skipped=(Skipped("model.layers.0.self_attn.v_proj", "shape", "why"),))
     two = report(unit(), unit("model.layers.0.self_attn.v_proj"))
     assert [u.projection for u in compare({"a": one, "b": two}).units] == ["q_proj"]
 

@@ -16,6 +16,7 @@ from lorasmith.diagnostics.records import (
     LayerSpectrum,
     Retention,
     RotationReport,
+    Skipped,
     UnitRotation,
 )
 from lorasmith.errors import ConfigError
@@ -56,7 +57,7 @@ def full() -> RotationReport:
         diversity=(HeadDiversity("a", 0, "q_proj", "q", 90.0, 80.0, ((0.0, 90.0), (90.0, 0.0))),),
         retention=Retention("builtin", 100, 10.0, 12.0, 0.1, 0.9),
         head_dim=16,
-        skipped={"lm_head": "why"},
+        skipped=(Skipped("lm_head", "missing", "why"),),
         unchanged=3,
         unchanged_units=9,
         versions={"lorasmith": "0"},

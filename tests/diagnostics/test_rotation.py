@@ -118,6 +118,21 @@ def falcon(new: bool) -> nn.Module:
     return transformers.FalconForCausalLM(config).eval()
 
 
+def falcon_multi_query() -> nn.Module:
+    """The first generation (7B): all query heads, then one key head and one value head."""
+    torch.manual_seed(0)
+    config = transformers.FalconConfig(
+        vocab_size=32,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        new_decoder_architecture=False,
+        multi_query=True,
+        initializer_range=0.2,
+    )
+    return transformers.FalconForCausalLM(config).eval()
+
+
 def phi3() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.Phi3Config(
@@ -154,6 +169,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": gpt2,
     "falcon-grouped": lambda: falcon(True),
     "falcon-interleaved": lambda: falcon(False),
+    "falcon-multi-query": falcon_multi_query,
     "phi": phi,
     "phi3": phi3,
 }
@@ -202,7 +218,8 @@ def test_planted_changes_are_recovered_per_head(
     model.to(storage).save_pretrained(tmp_path / "base")
     tuned = copy.deepcopy(model).double()
     turn_head(tuned, names[0], "q", 1, 90.0)
-    turn_head(tuned, keys[-1], "k", 1, 10.0)
+    last = max(h for r, h in layouts[keys[-1]].heads if r == "k")
+    turn_head(tuned, keys[-1], "k", last, 10.0)
     write(tuned, mlps[0], 0.85 * weights_of(tuned)[mlps[0]])
     w = weights_of(tuned)[mlps[-1]]
     extra = torch.outer(torch.randn(w.shape[0], dtype=F64), torch.randn(w.shape[1], dtype=F64))
@@ -213,11 +230,11 @@ def test_planted_changes_are_recovered_per_head(
     report = ls.diagnose(tmp_path / "base", tmp_path / "tuned")
 
     check(report, model, weights_of(tuned))
-    assert report.skipped == {}
+    assert report.skipped == ()
     assert {u.name for u in report.units} == {names[0], keys[-1], mlps[0], mlps[-1]}
     found = {(u.name, u.role, u.head): u for u in report.units}
     exact = 1e-5 if storage == torch.float32 else 0.2
-    one, two = found[names[0], "q", 1], found[keys[-1], "k", 1]
+    one, two = found[names[0], "q", 1], found[keys[-1], "k", last]
     assert one.theta_deg == pytest.approx(90.0, abs=exact)
     assert (one.mode, one.change) == ("substitutive", "replaced")
     assert two.theta_deg == pytest.approx(10.0, abs=exact)
@@ -249,6 +266,34 @@ def test_a_head_at_90_degrees_is_not_lost_in_its_projection() -> None:
     assert whole.max_theta_deg < 60
     (together,) = by_head.by_module.values()
     assert together.whole_theta_deg == pytest.approx(whole.max_theta_deg, rel=1e-9)
+
+
+def test_acts_that_egora_s_four_modes_mistake() -> None:
+    # Random weights, 0.85 W, and an addition of rank 1, each on one whole layer.
+    base = llama(hidden_size=64, intermediate_size=96)
+    tuned: Any = copy.deepcopy(base)
+    before = weights_of(base)
+    random, scaled, added = (f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down"))
+    fresh = torch.randn(before[random].shape, dtype=F64)
+    write(tuned, random, fresh * (before[random].norm() / fresh.norm()))
+    write(tuned, scaled, 0.85 * before[scaled])
+    w = before[added]
+    extra = torch.outer(torch.randn(w.shape[0], dtype=F64), torch.randn(w.shape[1], dtype=F64))
+    write(tuned, added, w + w.norm() / extra.norm() * extra)
+    report = ls.diagnose(base, tuned, spectrum=True, intruders=True)
+    found = {u.name: u for u in report.units}
+    modes = {n: (u.mode, u.change) for n, u in found.items()}
+    assert modes == {
+        random: ("substitutive", "replaced"),
+        scaled: ("damaged", "scaled"),
+        added: ("substitutive", "extended"),
+    }
+    assert found[random].theta_deg == pytest.approx(90, abs=5)
+    assert found[scaled].theta_deg < 1e-4
+    spectra = {s.name: s for s in report.spectra}
+    assert (spectra[added].rank, spectra[scaled].rank) == (1, 64)
+    assert (spectra[added].intruders, spectra[scaled].intruders) == (1, 0)
+    assert spectra[scaled].energy_in_top is not None
 
 
 def test_fused_projections_have_three_parts() -> None:
@@ -370,7 +415,7 @@ def test_every_adapter_in_memory_and_on_disk(
     for report in reports:
         check(report, bare, after)
         assert {u.name for u in report.units} == set(adapter.targets)
-        assert report.skipped == {}
+        assert report.skipped == ()
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
@@ -554,12 +599,15 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     del other.model.layers[0].mlp.up_proj
     other.model.layers[0].self_attn.q_proj.weight.data[0, 0] = math.nan
     report = ls.diagnose(base, other)
-    assert set(report.skipped) == {
-        "model.layers.1.mlp.up_proj",
-        "model.layers.0.mlp.up_proj",
-        "model.layers.0.self_attn.q_proj",
+    found = {one.name: one for one in report.skipped}
+    assert {name: one.reason for name, one in found.items()} == {
+        "model.layers.1.mlp.up_proj": "shape",
+        "model.layers.0.mlp.up_proj": "missing",
+        "model.layers.0.self_attn.q_proj": "not_finite",
     }
-    assert "shapes differ" in report.skipped["model.layers.1.mlp.up_proj"]
+    assert "shapes differ" in found["model.layers.1.mlp.up_proj"].message
+    backwards = ls.diagnose(other, base)
+    assert {s.name: s.reason for s in backwards.skipped}["model.layers.0.mlp.up_proj"] == "extra"
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:

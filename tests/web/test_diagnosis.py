@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lorasmith.diagnostics.compare import compare
-from lorasmith.diagnostics.records import Retention, RotationReport
+from lorasmith.diagnostics.records import Retention, RotationReport, Skipped
 from lorasmith.errors import ConfigError
 from lorasmith.web.diagnosis import read_report, write_report
 from lorasmith.web.report import Cell, Column, Section, Table, render_report
@@ -146,7 +146,7 @@ def test_names_from_files_cannot_do_anything_but_be_shown(tmp_path: Path) -> Non
         0,
         base=HOSTILE,
         tuned=HOSTILE,
-        skipped={HOSTILE: HOSTILE},
+        skipped=(Skipped(HOSTILE, "missing", HOSTILE),),
         units=tuple(unit(1.0, name=HOSTILE, projection=HOSTILE, layer=i) for i in range(60)),
     )
     html = write_report(given, tmp_path / "report.html").read_text(encoding="utf-8")

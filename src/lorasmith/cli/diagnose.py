@@ -212,14 +212,14 @@ def _names(tuned: Sequence[str]) -> list[str]:
 def _warn_of_skipped(report: RotationReport, tuned: str | None) -> None:
     if not report.skipped:
         return
-    first = next(iter(report.skipped))
+    first = report.skipped[0]
     count = len(report.skipped)
     layers = "layer was" if count == 1 else "layers were"
     where = "" if tuned is None else f" of {tuned}"
     stderr().print(
         Text.assemble(
             ("warning: ", "yellow"),
-            f"{count} {layers} not compared{where}: {first}: {report.skipped[first]}"
+            f"{count} {layers} not compared{where}: {first.name}: {first.message}"
             + (f" (and {count - 1} more)" if count > 1 else ""),
         )
     )
@@ -321,9 +321,10 @@ def _failures(
                     f"{prefix}{len(beyond)} of {len(report.units)} angles are above "
                     f"{largest:.4g}°, the largest {worst.theta_deg:.4g}° in {_place(worst)}"
                 )
-        broken = [n for n, why in report.skipped.items() if "not finite" in why]
+        broken = [one.name for one in report.skipped if one.reason == "not_finite"]
         if broken:
-            found.append(f"{prefix}{broken[0]} holds values that are not finite")
+            more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+            found.append(f"{prefix}{broken[0]} holds values that are not finite{more}")
         if not report.units and not report.unchanged:
             found.append(f"{prefix}nothing could be compared")
     return found
@@ -399,10 +400,10 @@ def show_report(console: Console, report: RotationReport) -> None:
     whole, crit = report.whole, report.theta_crit_deg
     verdict = Text.assemble((report.verdict, f"bold {_COLOURS[report.verdict]}"))
     verdict.append(f"  θ̄ = {_angle(report.theta_bar_deg)}")
-    if report.units:
-        worst = max(report.units, key=_order)
-        verdict.append(f", largest {_angle(worst.theta_deg)} in {_place(worst)}")
+    if not report.units:
+        verdict.append("  (no weight that was compared differs)")
     console.print(Text.assemble(f"{report.base} → {report.tuned}: ", verdict))
+    worst = max(report.units, key=_order) if report.units else None
     counts = f"{len(report.units):,} changed in {len(report.by_module):,} layers"
     counts += f"; {report.unchanged:,} layers unchanged" if report.unchanged else ""
     retained = report.retention
@@ -410,6 +411,9 @@ def show_report(console: Console, report: RotationReport) -> None:
         grid(
             {
                 "heads, projections" if report.per == "head" else "projections": counts,
+                "largest angle": None
+                if worst is None
+                else f"{_angle(worst.theta_deg)} in {_place(worst)}",
                 "change": f"‖ΔW‖ / ‖W‖ = {number(whole.relative_change)}, "
                 f"‖W + ΔW‖ / ‖W‖ = {number(whole.norm_ratio, 5)}"
                 if report.units
@@ -441,7 +445,10 @@ def show_report(console: Console, report: RotationReport) -> None:
 
 
 def _angle(degrees: float | None) -> str:
-    return "–" if degrees is None else f"{degrees:.3g}°"
+    if degrees is None:
+        return "–"
+    # Below a tenth of a degree three digits are more than they are worth.
+    return f"{degrees:.3g}°" if abs(degrees) >= 0.1 else f"{degrees:.2g}°"
 
 
 def _counts(counts: Any) -> str | None:
@@ -449,7 +456,14 @@ def _counts(counts: Any) -> str | None:
 
 
 def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,  # two columns that a terminal of 80 needs
+        pad_edge=False,
+    )
     table.add_column("projection", no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right")

@@ -167,7 +167,7 @@ def compare(reports: Mapping[str, RotationReport]) -> Comparison:
             got=", ".join(f"{n}: {r.per}" for n, r in reports.items()),
             key="reports",
         )
-    skipped = {name for report in given for name in report.skipped}
+    skipped = {one.name for report in given for one in report.skipped}
     tables = [{_key(u): u for u in r.units if u.name not in skipped} for r in given]
     order: dict[tuple[Any, ...], UnitRotation] = {}
     for table in tables:

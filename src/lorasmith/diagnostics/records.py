@@ -27,6 +27,8 @@ __all__ = [
     "Mode",
     "Retention",
     "RotationReport",
+    "SkipReason",
+    "Skipped",
     "UnitRotation",
     "Verdict",
 ]
@@ -37,6 +39,28 @@ Mode = Literal["preserved", "additive", "substitutive", "damaged"]
 Change = Literal["unchanged", "scaled", "extended", "turned", "replaced"]
 #: EgoRA's verdict on θ̄.
 Verdict = Literal["SAFE", "WARNING", "DANGER"]
+#: Why a layer was not compared; see :class:`Skipped`.
+SkipReason = Literal["missing", "extra", "shape", "heads", "dtype", "not_finite", "unexplained"]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A layer that was not compared.
+
+    Attributes:
+        name: Name of the layer, in the base where it has it; of a tensor that belongs to none,
+            the tensor's.
+        reason: ``"missing"``: one side has no weights for it; ``"extra"``: the base has no such
+            layer; ``"shape"``: the shapes differ, from each other or from the class;
+            ``"heads"``: the two are cut into heads differently; ``"dtype"``: it is stored in a
+            form that is not read; ``"not_finite"``: it holds NaN or infinite values;
+            ``"unexplained"``: a tensor of an adapter that its configuration does not explain.
+        message: The same in words, for people; may change.
+    """
+
+    name: str
+    reason: SkipReason
+    message: str
 
 
 @dataclass(frozen=True)
@@ -219,7 +243,7 @@ class RotationReport:
         diversity: One for each projection of several heads; empty if not asked for.
         retention: If a text was given and a model could be run.
         head_dim: Of the model, where it is known.
-        skipped: Names of layers that could not be compared → why.
+        skipped: Layers that could not be compared, and why.
         unchanged: Layers that are in both and equal (an adapter does not touch them).
         seconds: Wall time.
         versions: Of lorasmith and torch.
@@ -234,7 +258,7 @@ class RotationReport:
     diversity: tuple[HeadDiversity, ...] = ()
     retention: Retention | None = None
     head_dim: int | None = None
-    skipped: Mapping[str, str] = field(default_factory=dict)
+    skipped: tuple[Skipped, ...] = ()
     unchanged: int = 0
     seconds: float = 0.0
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -375,6 +399,7 @@ class RotationReport:
                     "units": tuple(_record(UnitRotation, u) for u in values["units"]),
                     "spectra": tuple(_record(LayerSpectrum, s) for s in values["spectra"]),
                     "diversity": tuple(_record(HeadDiversity, d) for d in values["diversity"]),
+                    "skipped": tuple(_record(Skipped, s) for s in values["skipped"]),
                     "retention": None if retention is None else _record(Retention, retention),
                 },
             )
@@ -500,8 +525,8 @@ class RotationReport:
         return "\n".join(lines)
 
 
-#: Of the dictionary; raised when what it means changes.
-FORMAT = 1
+#: Of the dictionary; raised when what it means changes. 2: ``skipped`` is a list of records.
+FORMAT = 2
 _K = TypeVar("_K")
 _R = TypeVar("_R")
 _UNIT_FIELDS = tuple(f.name for f in dataclasses.fields(UnitRotation))

@@ -43,6 +43,7 @@ import contextlib
 import math
 import re
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -63,6 +64,8 @@ from lorasmith.diagnostics.records import (
     HeadDiversity,
     LayerSpectrum,
     RotationReport,
+    Skipped,
+    SkipReason,
     UnitRotation,
 )
 from lorasmith.diagnostics.sources import (
@@ -147,6 +150,8 @@ def diagnose(
     before, after = open_sides(
         base, tuned, adapter=adapter, allow_base_mismatch=allow_base_mismatch
     )
+    if after.weights is not before.weights:
+        _warn_of_blocks(before, after)
     plan = _Plan(before, after, per)
     chosen = plan.select(layers, targets)
     units: list[UnitRotation] = []
@@ -156,8 +161,8 @@ def diagnose(
     with _progress(progress) as advance:
         for i, name in enumerate(chosen):
             found = plan.measure(name)
-            if isinstance(found, str):
-                plan.skipped[name] = found
+            if isinstance(found, Skipped):
+                plan.skip(found)
             elif not found.sums.changed:
                 # An output head that stayed is most often the embedding, and no news.
                 if name not in before.weights.heads:
@@ -181,12 +186,25 @@ def diagnose(
         tuple(spectra),
         tuple(heads),
         head_dim=sizes.most_common(1)[0][0] if sizes else None,
-        skipped=dict(plan.skipped),
+        skipped=tuple(plan.skipped.values()),
         unchanged=unchanged,
         seconds=time.perf_counter() - start,
         versions={"lorasmith": __version__, "torch": str(torch.__version__)},
         unchanged_units=unchanged_units,
     )
+
+
+def _warn_of_blocks(before: Side, after: Side) -> None:
+    for side in (before, after):
+        if side.weights.quantised:
+            warnings.warn(
+                f"{side.weights.label} is quantised ({', '.join(side.weights.quantised)}), and the "
+                "other side is not the same file: the angles hold what quantising did to the "
+                "weights (some 4° at 4 bits, 0.3° at 8), and the noise floor does not.",
+                UserWarning,
+                stacklevel=3,
+            )
+            return
 
 
 @contextlib.contextmanager
@@ -372,7 +390,10 @@ class _Plan:
         self.per = per
         self.source = before.weights
         self.same = after.weights is before.weights
-        self.skipped: dict[str, str] = dict(before.weights.problems)
+        #: By name; the first reason counts.
+        self.skipped: dict[str, Skipped] = {}
+        for problem in before.weights.problems.values():
+            self.skip(problem)
         self.layouts = before.weights.layouts
         names = list(before.weights.layers)
         if self.same:
@@ -381,6 +402,13 @@ class _Plan:
             matrices = self._match(before, after)
         self.base = self._side(before, before.weights.layers, names)
         self.tuned = self._side(after, matrices, names)
+
+    def skip(self, one: Skipped) -> None:
+        """Notes that a layer is not compared."""
+        self.skipped.setdefault(one.name, one)
+
+    def _skip(self, name: str, reason: SkipReason, message: str) -> None:
+        self.skip(Skipped(name, reason, message))
 
     def _match(self, before: Side, after: Side) -> dict[str, Matrix]:
         """The tuned side's weights under the base's names."""
@@ -391,22 +419,27 @@ class _Plan:
             mine, matrix = ours.layers[name], theirs.layers[other]
             shapes = (mine.d_out, mine.d_in), (matrix.d_out, matrix.d_in)
             if shapes[0] != shapes[1]:
-                self.skipped[name] = f"shapes differ: {list(shapes[0])} and {list(shapes[1])}"
+                both = f"{list(shapes[0])} and {list(shapes[1])}"
+                self._skip(name, "shape", f"shapes differ: {both}")
             elif self.per == "head" and self.layouts.get(name) != theirs.layouts.get(other):
-                self.skipped[name] = "the two models cut it into heads differently"
+                self._skip(name, "heads", "the two models cut it into heads differently")
             else:
                 found[name] = matrix
         for name in ours.layers:
             if name not in names:
-                self.skipped[name] = theirs.problems.get(name, "the tuned side has no such layer")
+                why = theirs.problems.get(name)
+                if why is None:
+                    self._skip(name, "missing", "the tuned side has no such layer")
+                else:
+                    self._skip(name, why.reason, f"tuned side: {why.message}")
         reached = set(names.values())
         for other in theirs.layers:
             if other not in reached:
-                self.skipped[other] = "the base has no such layer"
-        for name, why in theirs.problems.items():
-            self.skipped.setdefault(name, f"tuned side: {why}")
+                self._skip(other, "extra", "the base has no such layer")
+        for name, problem in theirs.problems.items():
+            self._skip(name, problem.reason, f"tuned side: {problem.message}")
         if 2 * len(found) < max(len(ours.layers), len(theirs.layers)):
-            examples = [f"{n}: {w}" for n, w in list(self.skipped.items())[:3]]
+            examples = [f"{s.name}: {s.message}" for s in list(self.skipped.values())[:3]]
             raise ModelError(
                 "The two are of different architectures: most of their layers do not match.",
                 expected=f"the {len(ours.layers)} linear layers of {before.label}",
@@ -444,11 +477,13 @@ class _Plan:
                     continue
                 key = f"{peft.PREFIX}{module}.{leaf}"
                 if adapter.tensors.shape(key) != matrices[name].stored_shape:
-                    self.skipped[name] = "the adapter replaces it by one of another shape"
+                    self._skip(name, "shape", "the adapter replaces it by one of another shape")
                     continue
                 replaced[name] = key
         for key in adapter.unexpected:
-            self.skipped[key] = "a tensor that the adapter's configuration does not explain"
+            self._skip(
+                key, "unexplained", "a tensor that the adapter's configuration does not explain"
+            )
         shared = adapter.shared_tensors(infos)
         return _Side(matrices, adapter, adapted, replaced, shared)
 
@@ -470,7 +505,7 @@ class _Plan:
             )
 
         chosen = [name for name in known if asked(name) and name not in self.skipped]
-        self.skipped = {name: why for name, why in self.skipped.items() if asked(name)}
+        self.skipped = {name: one for name, one in self.skipped.items() if asked(name)}
         if not chosen:
             raise ConfigError(
                 "No layer is left to look at.",
@@ -490,7 +525,7 @@ class _Plan:
             return matches_regex(wanted[3:], name)
         return matches_name(wanted, name)
 
-    def measure(self, name: str) -> _Found | str:
+    def measure(self, name: str) -> _Found | Skipped:
         """One layer, or why it cannot be compared."""
         mine, theirs = self.base.matrices[name], self.tuned.matrices[name]
         layout = self.layouts.get(name)
@@ -526,7 +561,7 @@ class _Plan:
                 pair = MemoryMatrix(name, one), MemoryMatrix(name, other)
                 sums = pair_sums(*pair, cut.blocks, cut.axis)
         if not sums.finite:
-            return "it holds values that are not finite"
+            return Skipped(name, "not_finite", "it holds values that are not finite")
         return _Found(name, mine, weight, change, sums, cut, layout, floor)
 
     def _factors(self, name: str) -> tuple[Factors, Tensor | None] | None:

@@ -6,7 +6,8 @@ A *side* of a comparison is a set of base weights and, perhaps, an adapter on to
     a model                                   its own, without adapters     the attached one
     a ``PeftModel``                           its own, without adapters     the active one
     a directory with ``config.json``          its safetensors, mapped out   none
-    a name (``smollm2``, a hub id, GGUF)      the checkpoint it stands for  none
+    a ``.gguf`` file                          what its blocks stand for     none
+    a name (``smollm2``, a hub id)            the checkpoint it stands for  none
     an adapter: directory, hub id,            those of the other side,      that
     ``AdapterWeights``                        else of the base it names
     a handle of an attached adapter           its model's                   that
@@ -20,20 +21,20 @@ A checkpoint's tensors are read in blocks of rows with plain reads into one smal
 They are not mapped: pages of a mapped file count as memory of the process, and a
 comparison of two checkpoints would then hold all of both.
 
-GGUF files are the exception: Transformers unpacks them as a whole, so the model is in
-memory as long as the comparison takes. (``smollm2`` is unpacked once into a cache of
-safetensors, and is then a checkpoint like any other.)
+GGUF files are read the same way, and their blocks unpacked a few rows at a time
+(``io.gguf``). (``smollm2`` itself is unpacked once into a cache of safetensors, in bfloat16.)
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +49,7 @@ from lorasmith.core.fusing import fused_name
 from lorasmith.core.heads import HeadLayout, head_layout, layout_of
 from lorasmith.core.layers import LayerInfo, describe, read_weight
 from lorasmith.core.state import SAVED, SLOT, slots
+from lorasmith.diagnostics.records import Skipped, SkipReason
 from lorasmith.errors import (
     AdapterFileError,
     BaseMismatchError,
@@ -59,13 +61,16 @@ from lorasmith.errors import (
 from lorasmith.io import peft
 from lorasmith.io.files import check_base, read_adapter
 from lorasmith.io.fingerprint import Fingerprint, fingerprint
+from lorasmith.io.gguf import GgufModel, GgufTensor
 from lorasmith.io.hub import locate
+from lorasmith.io.models import ResolvedModel, resolve_model, snapshot
 from lorasmith.io.strict import parse_object
 from lorasmith.io.tensors import FileTensors, MemoryTensors
 from lorasmith.io.weights import AdapterWeights, translate
 
 __all__ = [
     "CheckpointWeights",
+    "GgufWeights",
     "Given",
     "Matrix",
     "MemoryMatrix",
@@ -246,6 +251,32 @@ class _FileMatrix(Matrix):
             yield block
 
 
+class _GgufMatrix(Matrix):
+    """A weight in a GGUF file, unpacked at each reading.
+
+    A ``Conv1D``'s is transposed when it is read, since the file holds W itself.
+    """
+
+    def __init__(self, name: str, tensor: GgufTensor, transposed: bool) -> None:
+        super().__init__(name, *tensor.shape, tensor.dtype, transposed)
+        self._tensor = tensor
+
+    def read(self) -> Tensor:
+        value = torch.empty((self.d_out, self.d_in), dtype=self.dtype)
+        self._tensor.read(0, value)
+        return value
+
+    def blocks(self, rows: int) -> Iterator[Tensor]:
+        if self.transposed:
+            yield from torch.split(self.read().T, rows)
+            return
+        buffer = torch.empty((min(rows, self.d_out), self.d_in), dtype=self.dtype)
+        for first in range(0, self.d_out, rows):
+            block = buffer[: min(rows, self.d_out - first)]
+            self._tensor.read(first, block)
+            yield block
+
+
 # A set of weights -------------------------------------------------------------------------------
 
 
@@ -257,7 +288,8 @@ class WeightSource(ABC):
         layers: Name of the layer → its weight.
         layouts: Name of the layer → how it is cut into heads, of those that are.
         config: The model's configuration, or ``None``.
-        problems: Layers that cannot be read → why.
+        quantised: Types of blocks that a GGUF file holds the layers in; empty elsewhere.
+        problems: Layers that cannot be read, by name.
         heads: Names of the layers that are the model's output head.
     """
 
@@ -265,7 +297,8 @@ class WeightSource(ABC):
     layers: dict[str, Matrix]
     layouts: Mapping[str, HeadLayout]
     config: object | None
-    problems: dict[str, str]
+    quantised: tuple[str, ...] = ()
+    problems: dict[str, Skipped]
     heads: frozenset[str]
 
     @abstractmethod
@@ -355,14 +388,146 @@ def _without_wrappers(name: str) -> str:
     return ".".join(p for p in name.split(".") if p not in ("base_layer", "original_module"))
 
 
-class CheckpointWeights(WeightSource):
+class StoredWeights(WeightSource):
+    """Weights in files: what checkpoints and GGUF files have in common.
+
+    Attributes:
+        path: The directory or file.
+        base_name: The name under which adapters record it, where that is another one.
+        skeleton: The model's class without values; ``None`` where it is not known.
+    """
+
+    path: Path
+    base_name: str | None
+    skeleton: nn.Module | None
+
+    def _problem(self, name: str, reason: SkipReason, message: str) -> None:
+        self.problems[name] = Skipped(name, reason, message)
+
+    def _by_class(
+        self, model: nn.Module, take: Callable[[str, list[str], LayerInfo], None]
+    ) -> None:
+        """Goes through the layers of the class, and ``take``s each with its weight's names."""
+        self.config = getattr(model, "config", None)
+        self.layouts = head_layout(model)
+        owners: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name)
+        modules = {}
+        for name, module in _own_modules(model):
+            info = describe(module, name)
+            if info is None:
+                continue
+            modules[name] = module
+            # A head that is tied to the embedding is stored under the embedding's name.
+            shared = owners.get(id(getattr(module, "weight", None)), [])
+            take(name, [f"{name}.weight", *shared], info)
+        self.heads = _output_heads(model, modules)
+
+    def check_adapter(self, adapter: AdapterWeights, allow: bool) -> None:
+        stored = adapter.base.fingerprint
+        if stored is None or allow:
+            self._warn_of_name(adapter, "Whether they are the same was not checked.")
+            return
+        # Names and shapes from the class, values from the file.
+        structure = stored if self.skeleton is None else fingerprint(self.skeleton, names=())
+        sketch = {}
+        for name, values in stored.sketch.items():
+            found = self._sample(name, len(values))
+            if found is not None:
+                sketch[name] = found
+        current = Fingerprint(structure.structure, structure.tensors, structure.parameters, sketch)
+        difference = stored.compare(current)
+        if not difference.same:
+            raise BaseMismatchError(
+                f"The adapter was made for another base model: {difference}.",
+                file=adapter.path,
+                expected=adapter.base.name,
+                got=self.label,
+                fix="name the right base model, or pass allow_base_mismatch=True",
+            )
+
+    @abstractmethod
+    def _sample(self, name: str, count: int) -> np.ndarray[Any, np.dtype[np.float32]] | None:
+        """``count`` evenly spaced values of a parameter as a fingerprint has them, or ``None``."""
+
+    def _warn_of_name(self, adapter: AdapterWeights, what: str) -> None:
+        wanted = adapter.base.name
+        names = {self.label, self.base_name, os.fspath(self.path)}
+        names.add(getattr(self.config, "_name_or_path", None))
+        if wanted is not None and wanted not in names and Path(wanted).name != self.path.name:
+            warnings.warn(
+                f"The adapter names {wanted!r} as its base model, and this one is "
+                f"{self.label!r}. {what}",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
+def _places(count: int, shape: Sequence[int]) -> list[tuple[int, int]] | None:
+    """Row and column of each value of a fingerprint's sketch; ``None`` if it has more or fewer."""
+    total = math.prod(shape)
+    if count != min(16, total):
+        return None
+    flat = [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
+    return [divmod(place, shape[-1]) for place in flat]
+
+
+class GgufWeights(StoredWeights):
+    """The weights of a GGUF file."""
+
+    def __init__(self, resolved: ResolvedModel, label: str) -> None:
+        self.label, self.base_name = label, resolved.base_name
+        self.problems, self.layers = {}, {}
+        self._model = GgufModel(resolved)
+        self.path = self._model.path
+        kinds = {t.kind for t in self._model.tensors.values() if t.quantised}
+        self.quantised = tuple(sorted(kinds))
+        self.skeleton = self._model.skeleton
+        self._by_class(self._model.skeleton, self._take)
+        if not self.layers:
+            raise ModelError(
+                "None of the model's linear layers is in the file.",
+                expected=", ".join(s.message for s in [*self.problems.values()][:1]) or None,
+                file=self.path,
+            )
+
+    def _take(self, name: str, keys: list[str], info: LayerInfo) -> None:
+        tensor = next((t for k in keys if (t := self._model.tensors.get(k))), None)
+        wanted = (info.d_out, info.d_in)
+        if tensor is None:
+            self._problem(name, "missing", "the file has no tensor of that layer")
+        elif tensor.shape != wanted:
+            message = f"stored as {list(tensor.shape)}, where the model has {list(wanted)}"
+            self._problem(name, "shape", message)
+        else:
+            self.layers[name] = _GgufMatrix(name, tensor, info.kind == "conv1d")
+
+    def _sample(self, name: str, count: int) -> np.ndarray[Any, np.dtype[np.float32]] | None:
+        # Vectors are left out: some norms are stored as what they add to one.
+        tensor = self._model.tensors.get(name)
+        matrix = self.layers.get(name.removesuffix(".weight"))
+        if tensor is None:
+            return None
+        transposed = matrix is not None and matrix.transposed
+        places = _places(count, tensor.shape[::-1] if transposed else tensor.shape)
+        if places is None:
+            return None
+        line = torch.empty((1, tensor.shape[1]), dtype=tensor.dtype)
+        picked = []
+        for row, column in places:
+            row, column = (column, row) if transposed else (row, column)
+            tensor.read(row, line)
+            picked.append(line[0, column].to(torch.float32).item())
+        return np.array(picked, dtype=np.float32)
+
+
+class CheckpointWeights(StoredWeights):
     """The weights of a checkpoint directory (one safetensors file, or shards and an index)."""
 
     def __init__(self, folder: Path, label: str, base_name: str | None = None) -> None:
-        self.folder, self.label = folder, label
-        #: The name under which adapters record it, where that is another one.
-        self.base_name = base_name
-        self.problems = {}
+        self.path, self.label, self.base_name = folder, label, base_name
+        self.problems, self.layers = {}, {}
         fields = parse_object((folder / "config.json").read_bytes(), folder / "config.json")
         if fields.get("quantization_config"):
             raise ModelError(
@@ -374,12 +539,11 @@ class CheckpointWeights(WeightSource):
             )
         self._files = [_File(path) for path in _files(folder)]
         self._place = {key: file for file in self._files for key in file.tensors}
-        self.layers = {}
         self.skeleton = _skeleton(folder, fields)
         if self.skeleton is None:
             self._by_shape(fields)
         else:
-            self._by_class(self.skeleton)
+            self._by_class(self.skeleton, self._take)
         if not self.layers:
             raise ModelError(
                 "None of the model's linear layers is in the checkpoint.",
@@ -387,34 +551,17 @@ class CheckpointWeights(WeightSource):
                 file=folder,
             )
 
-    def _by_class(self, model: nn.Module) -> None:
-        self.config = getattr(model, "config", None)
-        self.layouts = head_layout(model)
-        owners: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(name)
-        own = getattr(model, "base_model_prefix", "")
-        prefixes = (*_PREFIXES, *((f"{own}.",) if own else ()))
-        modules = {}
-        for name, module in _own_modules(model):
-            info = describe(module, name)
-            if info is None:
-                continue
-            modules[name] = module
-            # A head that is tied to the embedding is stored under the embedding's name.
-            shared = owners.get(id(getattr(module, "weight", None)), [])
-            key = next(
-                (k for n in (f"{name}.weight", *shared) if (k := self._key(n, prefixes))), None
-            )
-            if key is None:
-                self.problems[name] = "the checkpoint has no tensor of that layer"
-            else:
-                self._add(name, key, info.kind == "conv1d", (info.d_out, info.d_in))
-        self.heads = _output_heads(model, modules)
+    def _take(self, name: str, keys: list[str], info: LayerInfo) -> None:
+        key = next((k for n in keys if (k := self._key(n))), None)
+        if key is None:
+            self._problem(name, "missing", "the checkpoint has no tensor of that layer")
+        else:
+            self._add(name, key, info.kind == "conv1d", (info.d_out, info.d_in))
 
-    def _key(self, wanted: str, prefixes: Sequence[str]) -> str | None:
+    def _key(self, wanted: str) -> str | None:
         """The name under which the file has a tensor: with a prefix more or less."""
-        for prefix in prefixes:
+        own = getattr(self.skeleton, "base_model_prefix", "")
+        for prefix in (*_PREFIXES, *((f"{own}.",) if own else ())):
             for candidate in (f"{prefix}{wanted}", wanted.removeprefix(prefix)):
                 if candidate in self._place:
                     return candidate
@@ -439,76 +586,36 @@ class CheckpointWeights(WeightSource):
         tensors = self._place[key].tensors
         shape = tensors.shape(key)
         if tuple(shape[::-1] if transposed else shape) != wanted:
-            self.problems[name] = f"stored as {list(shape)}, where the model has {list(wanted)}"
+            message = f"stored as {list(shape)}, where the model has {list(wanted)}"
+            self._problem(name, "shape", message)
             return
         try:
             dtype = tensors.dtype(key)
         except AdapterFileError as error:
-            self.problems[name] = f"stored as {error.got}, which is not read"
+            self._problem(name, "dtype", f"stored as {error.got}, which is not read")
             return
         if not dtype.is_floating_point:
-            self.problems[name] = f"stored as {str(dtype).removeprefix('torch.')}: quantised"
+            what = str(dtype).removeprefix("torch.")
+            self._problem(name, "dtype", f"stored as {what}: quantised")
             return
         self.layers[name] = _FileMatrix(name, self._place[key], key, transposed)
 
-    def check_adapter(self, adapter: AdapterWeights, allow: bool) -> None:
-        stored = adapter.base.fingerprint
-        if stored is None or allow:
-            self._warn_of_name(adapter, "Whether they are the same was not checked.")
-            return
-        # Names and shapes from the class, values from the file.
-        structure = stored if self.skeleton is None else fingerprint(self.skeleton, names=())
-        current = Fingerprint(
-            structure.structure, structure.tensors, structure.parameters, self._sketch(stored)
-        )
-        difference = stored.compare(current)
-        if not difference.same:
-            raise BaseMismatchError(
-                f"The adapter was made for another base model: {difference}.",
-                file=adapter.path,
-                expected=adapter.base.name,
-                got=self.label,
-                fix="name the right base model, or pass allow_base_mismatch=True",
-            )
-
-    def _sketch(self, stored: Fingerprint) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
-        own = getattr(self.skeleton, "base_model_prefix", "")
-        prefixes = (*_PREFIXES, *((f"{own}.",) if own else ()))
-        found = {}
-        for name, values in stored.sketch.items():
-            key = self._key(name, prefixes)
-            if key is None:
-                continue
-            file = self._place[key]
-            shape = file.tensors.shape(key)
-            columns = shape[-1]
-            total = int(np.prod(shape, dtype=np.int64))
-            if len(values) != min(16, total):
-                continue
-            picked = []
-            line = torch.empty((1, columns), dtype=file.tensors.dtype(key))
-            for i in range(len(values)):
-                place = round(i * (total - 1) / max(len(values) - 1, 1))
-                # A vector is one row to the sketch, and many to the file.
-                if len(shape) == 1:
-                    file.read(key, 0, line)
-                else:
-                    file.read(key, place // columns, line)
-                picked.append(line[0, place % columns].to(torch.float32).item())
-            found[name] = np.array(picked, dtype=np.float32)
-        return found
-
-    def _warn_of_name(self, adapter: AdapterWeights, what: str) -> None:
-        wanted = adapter.base.name
-        names = {self.label, self.base_name, os.fspath(self.folder)}
-        names.add(getattr(self.config, "_name_or_path", None))
-        if wanted is not None and wanted not in names and Path(wanted).name != self.folder.name:
-            warnings.warn(
-                f"The adapter names {wanted!r} as its base model, and this one is "
-                f"{self.label!r}. {what}",
-                UserWarning,
-                stacklevel=4,
-            )
+    def _sample(self, name: str, count: int) -> np.ndarray[Any, np.dtype[np.float32]] | None:
+        key = self._key(name)
+        if key is None:
+            return None
+        file = self._place[key]
+        shape = file.tensors.shape(key)
+        places = _places(count, shape)
+        if places is None:
+            return None
+        picked = []
+        line = torch.empty((1, shape[-1]), dtype=file.tensors.dtype(key))
+        for row, column in places:
+            # A vector is one row to the sketch, and many to the file.
+            file.read(key, row if len(shape) > 1 else 0, line)
+            picked.append(line[0, column].to(torch.float32).item())
+        return np.array(picked, dtype=np.float32)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -785,10 +892,6 @@ def _open_path(text: str) -> _Open:
 
 def _open_name(text: str) -> _Open:
     """An alias, a hub id or a GGUF file; an adapter on the hub too."""
-    # The one look up the layers: names of base models are resolved where training resolves
-    # them, and this is imported only when a name is given and nothing nearer fits.
-    from lorasmith.training.models import load_model, resolve_model
-
     try:
         resolved = resolve_model(text)
     except ModelError as error:
@@ -799,36 +902,11 @@ def _open_name(text: str) -> _Open:
         except LorasmithError:
             raise error from None
     if resolved.gguf_file is not None:
-        model, _ = load_model(resolved, dtype="bfloat16", device="cpu")
-        return _Open(text, ModelWeights(model), None)
-    folder = Path(resolved.path)
-    if not folder.is_dir():
-        folder = _snapshot(resolved.path, resolved.revision, resolved.offline)
-        if (folder / peft.CONFIG).is_file():
-            return _Open(text, None, read_adapter(folder))
+        return _Open(text, GgufWeights(resolved, text), None)
+    folder = snapshot(resolved)
+    if (folder / peft.CONFIG).is_file():
+        return _Open(text, None, read_adapter(folder))
     return _Open(text, CheckpointWeights(folder, text, resolved.base_name), None)
-
-
-def _snapshot(repository: str, revision: str | None, offline: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                local_files_only=offline,
-                allow_patterns=["*.json", "*.safetensors"],
-            )
-        )
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        lines = str(error).strip().splitlines()
-        raise ModelError(
-            f"{repository!r} cannot be had from the hub.",
-            got=lines[0] if lines else type(error).__name__,
-            fix="check the name, access and the network, or name a directory",
-        ) from error
 
 
 def _named_base(adapter: AdapterWeights) -> WeightSource:

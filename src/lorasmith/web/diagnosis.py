@@ -537,7 +537,7 @@ def _details(report: RotationReport, level: str) -> Section:
             Table(
                 f"Not compared ({len(report.skipped):,})",
                 (Column("Layer", "code"), "Why"),
-                tuple(report.skipped.items()),
+                tuple((one.name, one.message) for one in report.skipped),
                 search=len(report.skipped) > _PAGE,
                 page=_PAGE,
             )
