@@ -38,8 +38,6 @@ other some hundred times a call measure the scheduler.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import math
 import os
@@ -59,6 +57,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments import measured
 from lorasmith.core.rotation import rotation
 
 PARTS = ("layer", "model", "checkpoint")
@@ -554,25 +553,6 @@ def part_checkpoint(options: argparse.Namespace, folder: Path) -> dict[str, Any]
 
 
 # -- processes, memory, ratios ---------------------------------------------------------------
-
-
-def resident_mb(name: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"{name} is not in /proc/self/status: this benchmark needs Linux")
-
-
-def measured(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What it returns, with its time and the peak of memory beyond what is in use now."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free must not hide what is needed
-    before = resident_mb("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    start = time.perf_counter()
-    found = run()
-    taken = time.perf_counter() - start
-    return {**found, "seconds": taken, "peak_mb": resident_mb("VmHWM") - before}
 
 
 def call(job: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the experiments of this folder share: runs, their folder, intervals, tables, angles.
+"""What the experiments of this folder share: runs, intervals, tables, angles, memory.
 
 A run is a frozen dataclass with a ``key``, the name of its file. It is a process of its own
 and leaves one JSON file; what is there is not run again, so that an experiment can be stopped
@@ -8,6 +8,8 @@ and resumed at any time. A key should hold everything that could change the resu
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import math
 import multiprocessing
@@ -27,8 +29,10 @@ __all__ = [
     "Results",
     "digest",
     "markdown",
+    "measured",
     "perform",
     "prepare",
+    "resident_mb",
     "rotation",
     "write_report",
 ]
@@ -181,6 +185,26 @@ def write_report(path: Path, name: str, text: str) -> None:
     if not start or not end:
         sys.exit(f"{path} has no markers {start_mark} and {end_mark}")
     path.write_text(f"{before}{start_mark}\n\n{text}\n\n{end_mark}{after}", encoding="utf-8")
+
+
+def resident_mb(name: str) -> float:
+    """A line of this process's memory, such as ``"VmRSS"``, in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"{name} is not in /proc/self/status: this benchmark needs Linux")
+
+
+def measured(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What it returns, with its time and the peak of memory beyond what is in use now."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free must not hide what is needed
+    before = resident_mb("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    start = time.perf_counter()
+    found = run()
+    taken = time.perf_counter() - start
+    return {**found, "seconds": taken, "peak_mb": resident_mb("VmHWM") - before}
 
 
 def rotation(model: Any) -> float:

@@ -44,14 +44,22 @@ _EXPORTS = {
     "LoKrConfig": "lorasmith.adapters",
     "LoRAConfig": "lorasmith.adapters",
     "MiSSConfig": "lorasmith.adapters",
+    "MultiTaskModel": "lorasmith.fleet.multitask",
     "OFTConfig": "lorasmith.adapters",
     "LoRAXSConfig": "lorasmith.adapters",
     "LorasmithError": "lorasmith.errors",
+    "MergeReport": "lorasmith.fleet.merge",
+    "Merged": "lorasmith.fleet.merge",
     "OrthogonalityPenalty": "lorasmith.dynamics.orthogonality",
     "RoAdConfig": "lorasmith.adapters",
     "RotationBudget": "lorasmith.dynamics.rotation_budget",
     "RotationReport": "lorasmith.diagnostics.records",
+    "SharedSubspace": "lorasmith.fleet.subspace",
+    "SimilarityMatrix": "lorasmith.fleet.similarity",
     "StressController": "lorasmith.dynamics.stress",
+    "SubspaceConfig": "lorasmith.adapters",
+    "SubspaceTrainer": "lorasmith.fleet.trainable",
+    "TaskRouter": "lorasmith.fleet.router",
     "Variant": "lorasmith.core.variant",
     "VeRAConfig": "lorasmith.adapters",
     "attach": "lorasmith.core.attach",
@@ -63,6 +71,7 @@ _EXPORTS = {
     "factors": "lorasmith.io",
     "fuse": "lorasmith.core.fusing",
     "load": "lorasmith.io",
+    "merge": "lorasmith.fleet.merge",
     "param_groups": "lorasmith.core.optim",
     "project_gauge_": "lorasmith.dynamics.gauge",
     "read_adapter": "lorasmith.io",
@@ -70,6 +79,7 @@ _EXPORTS = {
     "register_dynamic": "lorasmith.dynamics.registry",
     "retention": "lorasmith.training.retention",
     "save": "lorasmith.io",
+    "similarity": "lorasmith.fleet.similarity",
     "unfuse": "lorasmith.core.fusing",
     "use": "lorasmith.core.attach",
     "variants": "lorasmith.core.registry",
@@ -93,6 +103,7 @@ if TYPE_CHECKING:
     from lorasmith.adapters import MiSSConfig as MiSSConfig
     from lorasmith.adapters import OFTConfig as OFTConfig
     from lorasmith.adapters import RoAdConfig as RoAdConfig
+    from lorasmith.adapters import SubspaceConfig as SubspaceConfig
     from lorasmith.adapters import VeRAConfig as VeRAConfig
     from lorasmith.core.adapter import Adapter as Adapter
     from lorasmith.core.adapter import attached as attached
@@ -123,6 +134,15 @@ if TYPE_CHECKING:
     from lorasmith.dynamics.rotation_budget import RotationBudget as RotationBudget
     from lorasmith.dynamics.stress import StressController as StressController
     from lorasmith.errors import LorasmithError as LorasmithError
+    from lorasmith.fleet.merge import Merged as Merged
+    from lorasmith.fleet.merge import MergeReport as MergeReport
+    from lorasmith.fleet.merge import merge as merge
+    from lorasmith.fleet.multitask import MultiTaskModel as MultiTaskModel
+    from lorasmith.fleet.router import TaskRouter as TaskRouter
+    from lorasmith.fleet.similarity import SimilarityMatrix as SimilarityMatrix
+    from lorasmith.fleet.similarity import similarity as similarity
+    from lorasmith.fleet.subspace import SharedSubspace as SharedSubspace
+    from lorasmith.fleet.trainable import SubspaceTrainer as SubspaceTrainer
     from lorasmith.io import AdapterWeights as AdapterWeights
     from lorasmith.io import factors as factors
     from lorasmith.io import load as load

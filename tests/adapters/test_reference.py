@@ -68,7 +68,7 @@ CONFIGS = {
 
 
 #: Files beside this one that hold the reference of other variants.
-_ELSEWHERE = "antipasto delora hra loha lokr lora_xs miss oft road vera".split()
+_ELSEWHERE = "antipasto delora hra loha lokr lora_xs miss oft road subspace vera".split()
 
 
 def test_every_variant_has_a_reference() -> None:

@@ -51,6 +51,14 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "svd": ls.LoRAXSConfig(r=3, alpha=6.0),
         "svd_niter_4": ls.LoRAXSConfig(r=3, alpha=6.0, init="svd_niter_4"),
     },
+    "subspace": {
+        "full": ls.SubspaceConfig(r=3, r_out=4),
+        "full, extra": ls.SubspaceConfig(r=3, r_out=2, extra=1),
+        "diagonal": ls.SubspaceConfig(form="diagonal", r=4),
+        "diagonal, extra": ls.SubspaceConfig(form="diagonal", r=3, extra=1),
+        "loadings": ls.SubspaceConfig(form="loadings", r=2, width=2),
+        "loadings, extra": ls.SubspaceConfig(form="loadings", r=1, r_out=2, width=2, extra=1),
+    },
     "antipasto": {
         "gains": ls.AntiPaSTOConfig(r=4),
         "suppress_only": ls.AntiPaSTOConfig(suppress_only=True),

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import lorasmith as ls
+from lorasmith.core import truncation
 from lorasmith.core.layers import read_weight
 from lorasmith.errors import AdapterFileError, BaseMismatchError, ConfigError, FuseError
-from lorasmith.io import convert as module
 from tests.contract.configurations import CONFIGURATIONS
 from tests.io.support import TOKENS, attached, distilbert, gpt2, llama, logits, stir
 from tests.models import mlp, randomise
@@ -334,14 +334,14 @@ def test_an_adapter_that_peft_wrote(tmp_path: Path) -> None:
 
 
 def test_large_layers_go_by_subspace_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_EXACT", 8)
-    monkeypatch.setattr(module, "_SMALL", 4)
+    monkeypatch.setattr(truncation, "EXACT", 8)
+    monkeypatch.setattr(truncation, "SMALL", 4)
     torch.manual_seed(0)
     U, V = (torch.linalg.qr(torch.randn(n, 60, dtype=torch.float64))[0] for n in (80, 120))
     S = 0.8 ** torch.arange(60, dtype=torch.float64)
     delta = U * S @ V.T
     for matrix in (delta, delta.T):
-        leading, exact = module._leading(matrix, 6), module._exact(matrix)
+        leading, exact = truncation.leading_spectrum(matrix, 6), truncation.exact_spectrum(matrix)
         torch.testing.assert_close(exact.S[:60], S, atol=1e-8, rtol=1e-6)
         torch.testing.assert_close(leading.S[:6], S[:6], atol=1e-9, rtol=1e-4)
         for found in (leading, exact):
@@ -351,10 +351,10 @@ def test_large_layers_go_by_subspace_iteration(monkeypatch: pytest.MonkeyPatch) 
             assert error == pytest.approx(1, abs=1e-3)
         assert leading.rank is None
         assert exact.rank == 60
-    low = module._leading(U[:, :3] @ V[:, :3].T, 6)
+    low = truncation.leading_spectrum(U[:, :3] @ V[:, :3].T, 6)
     assert (low.rank, low.useful) == (3, 3)
     # And the whole of it.
-    monkeypatch.setattr(module, "_EXACT", 1)
+    monkeypatch.setattr(truncation, "EXACT", 1)
     model = llama()
     adapter = attached(model, ls.IA3Config(targets="down_proj"))
     made = ls.convert(adapter, ls.LoRAConfig(r=2))

@@ -22,6 +22,7 @@ from lorasmith.adapters.lora_xs import LoRAXS, LoRAXSConfig
 from lorasmith.adapters.miss import MiSS, MiSSConfig
 from lorasmith.adapters.oft import OFT, OFTConfig
 from lorasmith.adapters.road import RoAd, RoAdConfig
+from lorasmith.adapters.subspace import Subspace, SubspaceConfig
 from lorasmith.adapters.vera import VeRA, VeRAConfig
 from lorasmith.core.registry import register
 
@@ -43,6 +44,7 @@ __all__ = [
     "MiSSConfig",
     "OFTConfig",
     "RoAdConfig",
+    "SubspaceConfig",
     "VeRAConfig",
 ]
 
@@ -57,6 +59,7 @@ for _variant in (
     IA3FF(),
     LoRAXS(),
     VeRA(),
+    Subspace(),
     LoHa(),
     LoKr(),
     OFT(),

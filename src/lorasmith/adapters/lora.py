@@ -229,6 +229,8 @@ class LoRA(Variant):
     def from_peft(self, fields: Mapping[str, Any], common: Mapping[str, Any]) -> LoRAConfig | None:
         if fields.get("peft_type") != self.peft_type or fields.get("use_dora"):
             return None
+        if fields.get("subspace"):
+            return None  # factors made of others that stand beside them
         return LoRAConfig(**low_rank_fields(fields), **common)
 
 

@@ -182,6 +182,14 @@ COMMANDS = {
         "lorasmith.cli.convert:convert",
         "Turn an adapter into the nearest plain LoRA, and say how near it is.",
     ),
+    "merge": (
+        "lorasmith.cli.merge:merge",
+        "Merge adapters into one, in what they do to the weights; score it, search weights.",
+    ),
+    "fleet": (
+        "lorasmith.cli.fleet:app",
+        "Many adapters of one model: compare, compress, check and manage them.",
+    ),
     "demo": (
         "lorasmith.cli.demo:demo",
         "Fine-tune a language model, and measure what it learned and what it forgot.",

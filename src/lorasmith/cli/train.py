@@ -70,11 +70,25 @@ def show_result(result: TrainResult, console: Console) -> None:
                 "dynamics": _dynamics(result),
                 "parameters": f"{result.trainable_parameters:,} trained of "
                 f"{result.total_parameters:,}",
+                **_subspace(result),
                 "time": f"{result.seconds:.1f} s, {result.tokens_per_second:,.0f} tokens/s",
                 "peak memory": f"{memory / 2**30:.2f} GiB" if memory else None,
             }
         )
     )
+
+
+def _subspace(result: TrainResult) -> dict[str, str | None]:
+    """The task in its fleet, and what it costs beside LoRA."""
+    if result.subspace is None:
+        return {}
+    count = result.subspace["parameters"]
+    return {
+        "task": result.subspace["task"],
+        "fleet": result.subspace["saved"],
+        "each layer": f"{number(count['per_layer'], 3)} numbers; LoRA of rank "
+        f"{count['lora_rank']} would train {number(count['ratio'], 3)} times as many in all",
+    }
 
 
 def _dynamics(result: TrainResult) -> str | None:

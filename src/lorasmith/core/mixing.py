@@ -55,6 +55,7 @@ __all__ = [
     "plan_of",
     "saved_plan",
     "without",
+    "wrong_rows",
 ]
 
 
@@ -488,7 +489,7 @@ class LayerRows(_LayerPlan):
 
     def _check(self, info: LayerInfo, x: Tensor) -> None:
         if x.dim() < 2 or x.shape[0] % self.count:
-            raise _wrong_rows(self.count, f"input of shape {tuple(x.shape)}", info.name)
+            raise wrong_rows(self.count, f"input of shape {tuple(x.shape)}", info.name)
 
     def _by_row(self, x: Tensor) -> Tensor:
         """[rows · k, ..., d] as [b, tokens, d]: what is repeated lies side by side."""
@@ -592,7 +593,8 @@ class LayerRows(_LayerPlan):
         return torch.cat(list(pieces))[_index(back, pieces[0].device)]
 
 
-def _wrong_rows(count: int, got: str, name: str) -> AttachError:
+def wrong_rows(count: int, got: str, name: str) -> AttachError:
+    """The error of a batch whose rows are not those that were spoken of."""
     return AttachError(
         "The batch does not have the rows that use(model, [...]) speaks of.",
         expected=f"a first dimension of {count} or a multiple of it (each row repeated, as "
@@ -712,7 +714,7 @@ class SavedPlan:
             return total.to(output.dtype)
         names, size = self.plan.names, output.shape[0]
         if size % len(names):
-            raise _wrong_rows(len(names), f"output of shape {tuple(output.shape)}", self.name)
+            raise wrong_rows(len(names), f"output of shape {tuple(output.shape)}", self.name)
         k, result = size // len(names), output
         for name, copy in copies.items():
             mine = [j * k + i for j, n in enumerate(names) if n == name for i in range(k)]

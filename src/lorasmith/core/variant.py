@@ -9,7 +9,7 @@ loading) is written once in ``core`` and ``io`` and driven by these declarations
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -338,6 +338,20 @@ class Variant(ABC):
         Raises:
             ConfigError: If the file is this variant's but asks for what we do not have.
         """
+
+    def fields_from_tensors(
+        self, names: Collection[str], shape: Callable[[str], tuple[int, ...]]
+    ) -> dict[str, Any]:
+        """What the tensors of a file tell beyond PEFT's fields, for :meth:`from_peft`.
+
+        For variants that write a type that PEFT knows with tensors of their own beside it. All
+        variants see the fields that any of them adds.
+
+        Args:
+            names: Names in the file.
+            shape: Gives the shape of one.
+        """
+        return {}
 
     @abstractmethod
     def tensor_specs(self, config: Any, info: LayerInfo) -> dict[str, TensorSpec]:

@@ -7,16 +7,10 @@ Frobenius norm.
     ΔW ≈ s B A        B = U_r (S_r / |s|)^½, A = ± (S_r / |s|)^½ V_rᵀ,  ΔW = U S Vᵀ
 
 Where the variant has low-rank factors that are all it does (LoRA with whatever
-initialisation, and others whose ΔW does not hang on W), they suffice: QR of both, and the
-decomposition of the small product of the two triangles, in float64. No matrix of W's size is
+initialisation, and others whose ΔW does not hang on W), they suffice: no matrix of W's size is
 made and no model is needed. Of everything else (DoRA, IA3, HRA, RoAd, OFT, LoHa, …)
 ΔW = effective weight − W is computed layer by layer, so that one layer's worth of memory is
-used, and decomposed:
-
-* through the eigenvectors of the smaller of ΔWᵀ ΔW and ΔW ΔWᵀ in float64, exact down to
-  singular values of 10⁻⁸ of the largest, up to ``_EXACT`` rows;
-* above that by subspace iteration (Halko, Martinsson and Tropp 2011, arXiv 0909.4061,
-  algorithm 4.4) from 2r + 10 random vectors, until what it captures no longer grows.
+used. Both are taken apart as ``lorasmith.core.truncation`` says.
 
 The errors reported are those of the factors as they are stored, in float32, measured and not
 estimated. What plain LoRA cannot carry at all is a change of the base's bias (IA3 and RoAd
@@ -30,7 +24,7 @@ import os
 import statistics
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +36,8 @@ from lorasmith.core.adapter import Adapter, unwrap
 from lorasmith.core.fusing import fused_name
 from lorasmith.core.layers import LayerInfo, describe, read_bias, read_weight
 from lorasmith.core.patterns import first_matching_key
-from lorasmith.core.variant import Factors, LayerState, Variant
+from lorasmith.core.truncation import Product, Spectrum, decompose, norm, wide
+from lorasmith.core.variant import LayerState, Variant
 from lorasmith.errors import AdapterFileError, ConfigError, FuseError
 from lorasmith.io import peft
 from lorasmith.io.files import check_base, read_adapter
@@ -52,17 +47,7 @@ from lorasmith.io.weights import AdapterWeights, FileState, check_finite
 if TYPE_CHECKING:
     from lorasmith.adapters.lora import LoRAConfig
 
-__all__ = ["Conversion", "ConvertedLayer", "convert"]
-
-#: Rows of the smaller side up to which the whole spectrum is computed. On two CPU cores 2,048
-#: rows take 1.3 s and eight times as long with every doubling; subspace iteration for r = 16
-#: takes half a second, and captures 99 % of the optimum even of noise, the worst case.
-_EXACT = 2048
-#: Below this a decomposition that does not square the singular values costs as little.
-_SMALL = 512
-#: Subspace iteration stops when a pass captures less than this share of ‖ΔW‖² more.
-_GROWTH = 1e-6
-_PASSES = 12
+__all__ = ["Conversion", "ConvertedLayer", "convert", "plain_lora"]
 
 
 @dataclass(frozen=True)
@@ -208,7 +193,8 @@ def convert(
                 )
             tensors[name] = spectrum.factors(rank, scaling)
             records.append(change.record(name, spectrum, rank, scaling, tensors[name]))
-    config = _config(config, source.weights, {n: t["A"].shape[0] for n, t in tensors.items()})
+    ranks = {n: t["A"].shape[0] for n, t in tensors.items()}
+    config = plain_lora(config, ranks, source.weights.config.modules_to_save)
     made = Conversion(_assemble(config, tensors, source.weights), variant.name, tuple(records))
     if made.bias_error:
         count = sum(layer.bias_error > 0 for layer in records)
@@ -344,7 +330,7 @@ def _source(
 
 def _changes(
     source: _Source, config: LoRAConfig, energy: float | None
-) -> Iterator[tuple[str, _Spectrum, _Change]]:
+) -> Iterator[tuple[str, Spectrum, _Change]]:
     """(name, singular vectors of ΔW, ΔW) layer by layer; nothing of the last one is kept."""
     variant = source.weights.variant
     for name in source.weights.modules:
@@ -354,7 +340,7 @@ def _changes(
         if found is not None and found.exact:
             for tensor in (found.A, found.B):
                 check_finite(tensor, name, source.weights.path)
-            product = _Product.of(found)
+            product = Product.of(found)
             base = None if layer is None or info is None else _weight_norm(layer, info)
             yield name, product.spectrum(), _Change(product.distance, product.norm(), base, 0.0)
             continue
@@ -374,7 +360,7 @@ def _weight_norm(layer: nn.Module, info: LayerInfo) -> float | None:
     if info.kind == "opaque":
         return None
     weight = read_weight(layer, info)
-    return None if weight.is_meta else _norm(weight)
+    return None if weight.is_meta else norm(weight)
 
 
 @dataclass(frozen=True)
@@ -396,7 +382,7 @@ class _Change:
     def record(
         self,
         name: str,
-        spectrum: _Spectrum,
+        spectrum: Spectrum,
         rank: int,
         scaling: float,
         tensors: Mapping[str, Tensor],
@@ -414,93 +400,14 @@ class _Change:
         )
 
 
-# Singular vectors ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Spectrum:
-    """Leading singular vectors of ΔW: U [d_out, k], S [k] falling, V [d_in, k], float64.
-
-    Attributes:
-        tolerance: Singular values below this share of the largest are noise.
-        whole: Whether those that are not here are noise.
-    """
-
-    U: Tensor
-    S: Tensor
-    V: Tensor
-    tolerance: float
-    whole: bool
-
-    @property
-    def useful(self) -> int:
-        """Number of singular values that are more than noise."""
-        return int((self.tolerance * self.S[:1] < self.S).sum())
-
-    @property
-    def rank(self) -> int | None:
-        return self.useful if self.whole else None
-
-    def rank_for(self, energy: float, most: int | None) -> int:
-        """The smallest rank that keeps that share of ‖ΔW‖²; at least 1."""
-        kept = self.S[: self.useful].square().cumsum(0)
-        if kept.numel() == 0:
-            return 1
-        # A share of 1 is all that is more than noise, however the sum was rounded.
-        wanted = kept[-1] * energy if energy < 1 else kept[-1]
-        rank = int((kept < wanted).sum()) + 1
-        return rank if most is None else min(rank, most)
-
-    def factors(self, rank: int, scaling: float) -> dict[str, Tensor]:
-        """A [r, d_in] and B [d_out, r] in float32, on the CPU, with s B A = ΔW_r."""
-        k = min(rank, self.useful)
-        root = (self.S[:k] / abs(scaling)).sqrt()
-        A = torch.zeros(rank, self.V.shape[0])
-        B = torch.zeros(self.U.shape[0], rank)
-        A[:k] = ((self.V[:, :k] * root).T * math.copysign(1.0, scaling)).float().cpu()
-        B[:, :k] = (self.U[:, :k] * root).float().cpu()
-        return {"A": A, "B": B}
-
-
-@dataclass(frozen=True)
-class _Product:
-    """ΔW as a product that is never multiplied out: left [d_out, k], right [k, d_in], float64."""
-
-    left: Tensor
-    right: Tensor
-
-    @classmethod
-    def of(cls, factors: Factors) -> _Product:
-        A, B = (_wide(t) for t in factors.stacked())
-        return cls(B * factors.scaling, A)
-
-    def triangles(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(Q_left, small, Q_right) with product = Q_left · small · Q_rightᵀ."""
-        q_left, r_left = torch.linalg.qr(self.left)
-        q_right, r_right = torch.linalg.qr(self.right.T)
-        return q_left, r_left @ r_right.T, q_right
-
-    def norm(self) -> float:
-        """‖left · right‖."""
-        return _norm(self.triangles()[1])
-
-    def spectrum(self) -> _Spectrum:
-        q_left, small, q_right = self.triangles()
-        U, S, Vh = torch.linalg.svd(small, full_matrices=False)
-        noise = torch.finfo(S.dtype).eps * max(*small.shape, 8)
-        return _Spectrum(q_left @ U, S, q_right @ Vh.T, noise, whole=True)
-
-    def distance(self, A: Tensor, B: Tensor, scaling: float) -> float:
-        """‖left · right − s B A‖, without cancellation of squares."""
-        left = torch.cat((self.left, _wide(B).to(self.left) * -scaling), dim=1)
-        return _Product(left, torch.cat((self.right, _wide(A).to(self.right)))).norm()
+# Of other variants -----------------------------------------------------------------------------
 
 
 def _dense(
     variant: Variant, state: LayerState, layer: nn.Module, info: LayerInfo, rank: int | None
-) -> tuple[_Spectrum, _Change]:
+) -> tuple[Spectrum, _Change]:
     """ΔW = effective weight − W, taken apart; all of it with ``rank=None``."""
-    weight = _wide(read_weight(layer, info))  # of a quantised layer dequantised
+    weight = wide(read_weight(layer, info))  # of a quantised layer dequantised
     if weight.is_meta:
         raise ConfigError("The base model has no values (it is on the meta device).", key=info.name)
     if isinstance(state, FileState):
@@ -522,77 +429,29 @@ def _dense(
         )
     bias, bias_error = read_bias(layer), 0.0
     if bias is not None:
-        bias = _wide(bias)
-        moved = _norm(variant.effective_bias(state, bias).detach() - bias)
-        bias_error = moved / (_norm(bias) or 1.0)
+        bias = wide(bias)
+        moved = norm(variant.effective_bias(state, bias).detach() - bias)
+        bias_error = moved / (norm(bias) or 1.0)
 
     def distance(A: Tensor, B: Tensor, scaling: float) -> float:
-        return _norm(torch.addmm(delta, B.to(delta), A.to(delta), alpha=-scaling))
+        return norm(torch.addmm(delta, B.to(delta), A.to(delta), alpha=-scaling))
 
-    if rank is None or min(delta.shape) <= max(_EXACT, 4 * rank):
-        spectrum = _exact(delta)
-    else:
-        spectrum = _leading(delta, rank)
-    return spectrum, _Change(distance, _norm(delta), _norm(weight), bias_error)
-
-
-def _exact(delta: Tensor) -> _Spectrum:
-    """The whole spectrum: of large matrices through eigenvectors of the smaller Gram matrix."""
-    if min(delta.shape) <= _SMALL:
-        U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
-        return _Spectrum(U, S, Vh.T, torch.finfo(S.dtype).eps * max(delta.shape), whole=True)
-    wide = delta.shape[0] <= delta.shape[1]
-    rows = delta if wide else delta.T  # [n, m], n ≤ m
-    _, vectors = torch.linalg.eigh(rows @ rows.T)
-    vectors = vectors.flip(1)
-    # Not the roots of the eigenvalues, whose small ones are noise: the lengths themselves.
-    projected = rows.T @ vectors
-    S = torch.linalg.vector_norm(projected, dim=0)
-    other = projected / S.clamp_min(torch.finfo(S.dtype).tiny)
-    U, V = (vectors, other) if wide else (other, vectors)
-    return _Spectrum(U, S, V, _gram_noise(rows), whole=True)
-
-
-def _leading(delta: Tensor, rank: int) -> _Spectrum:
-    """The leading singular vectors, by subspace iteration with a fixed seed."""
-    columns = min(2 * rank + 10, *delta.shape)
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(delta.shape[1], columns, generator=generator, dtype=delta.dtype)
-    basis = torch.linalg.qr(delta @ start.to(delta))[0]
-    total, captured = float(delta.square().sum()), -1.0
-    for _ in range(_PASSES):
-        basis = torch.linalg.qr(delta @ torch.linalg.qr(delta.T @ basis)[0])[0]
-        small = basis.T @ delta
-        S = torch.linalg.svdvals(small)
-        before, captured = captured, float(S[:rank].square().sum())
-        if captured - before <= _GROWTH * total:
-            break
-    U, S, Vh = torch.linalg.svd(basis.T @ delta, full_matrices=False)
-    noise = _gram_noise(delta)
-    whole = bool(S[-1] <= noise * S[0])  # the basis was wide enough for all there is
-    return _Spectrum(basis @ U, S, Vh.T, noise, whole)
-
-
-def _gram_noise(delta: Tensor) -> float:
-    """Singular values are lost below the root of the precision of their squares."""
-    return math.sqrt(torch.finfo(delta.dtype).eps * max(delta.shape))
-
-
-def _wide(value: Tensor) -> Tensor:
-    """The tensor in float64, or float32 on a device that has no wider numbers."""
-    value = value.detach()
-    return value.float() if value.device.type == "mps" else value.double()
-
-
-def _norm(value: Tensor) -> float:
-    return float(torch.linalg.vector_norm(value, dtype=torch.float64))
+    return decompose(delta, rank), _Change(distance, norm(delta), norm(weight), bias_error)
 
 
 # The result ------------------------------------------------------------------------------------
 
 
-def _config(to: LoRAConfig, source: AdapterWeights, ranks: Mapping[str, int]) -> LoRAConfig:
-    """The configuration of the LoRA on exactly the layers that the adapter has."""
+def plain_lora(
+    to: LoRAConfig, ranks: Mapping[str, int], modules_to_save: Sequence[str] = ()
+) -> LoRAConfig:
+    """The configuration of a LoRA on exactly these layers.
+
+    Args:
+        to: What else it says; its ranks do not count.
+        ranks: Name of the layer → its rank.
+        modules_to_save: Modules that the adapter replaces as a whole.
+    """
     ordered = Counter(ranks.values()).most_common()
     r = max(rank for rank, count in ordered if count == ordered[0][1])
     # The first pattern that matches wins, so that longer names stand in front.
@@ -605,7 +464,7 @@ def _config(to: LoRAConfig, source: AdapterWeights, ranks: Mapping[str, int]) ->
         targets=tuple(ranks),
         exclude=(),
         layers=None,
-        modules_to_save=source.config.modules_to_save,
+        modules_to_save=modules_to_save,
         init="kaiming",  # how it would start anew
         r=r,
         rank_pattern={n: ranks[n] for n in sorted(single, key=lambda n: (-len(n), n))},

@@ -96,7 +96,8 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterWeights:
     beside PEFT's, that all are of one generation.
 
     Args:
-        path: A directory, a directory with one adapter in a subdirectory, or a hub id.
+        path: A directory, a directory with one adapter in a subdirectory, a hub id, or a URL
+            that fsspec knows (``s3://…``, ``hf://owner/name@revision``).
 
     Raises:
         AdapterFileError: If it is incomplete, inconsistent or not an adapter.

@@ -1,19 +1,36 @@
-"""Where an adapter's files are: a directory, a directory in it, or a repository of the hub."""
+"""Where an adapter's files are: a directory, one in it, a repository of the hub, or a URL.
+
+URLs are read through fsspec (``s3://``, ``gs://``, ``https://``, ``memory://``, …; the package
+for the protocol must be installed). safetensors maps files, and those of a URL cannot be, so the
+adapter's two or three files are copied into a temporary directory of this process first. A
+copy serves again while the file system says the same of the files (size, time, ETag).
+``hf://owner/name[@revision][/folder]`` goes through the hub's own cache.
+"""
 
 from __future__ import annotations
 
+import atexit
+import hashlib
 import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from lorasmith.errors import AdapterFileError, MissingDependencyError
 from lorasmith.io import peft
 from lorasmith.io.atomic import interrupted, locked, recover
 from lorasmith.io.weights import OWN, OWNED, as_path
 
-__all__ = ["locate"]
+__all__ = ["adapters_below", "is_url", "locate"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?:://|::)")
+_HF = re.compile(
+    r"hf://(?:models/)?(?P<id>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<folder>.+?))?/*"
+)
+_FILES = (peft.CONFIG, peft.WEIGHTS, OWN)
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
@@ -24,12 +41,15 @@ def locate(path: str | os.PathLike[str]) -> Path:
             that has it (PEFT keeps adapters not named "default" so); or, if there is
             nothing under that path, the id ``owner/name`` of a repository on the hub. Of
             that only the adapter's files are downloaded; ``HF_HUB_OFFLINE=1`` keeps to
-            the local cache.
+            the local cache. Or a URL that fsspec knows.
 
     Raises:
         AdapterFileError: If there is no adapter, or more than one.
-        MissingDependencyError: If the hub is needed and ``huggingface_hub`` is missing.
+        MissingDependencyError: If the hub is needed and ``huggingface_hub`` is missing, or
+            a package for the URL's protocol.
     """
+    if isinstance(path, str) and is_url(path):
+        return _locate_url(path)
     try:
         return _locate(path, as_path(path).expanduser())
     except (OSError, RuntimeError) as error:  # a name too long, no permission, no such user
@@ -81,7 +101,162 @@ def _locate(path: str | os.PathLike[str], folder: Path) -> Path:
     )
 
 
-def _download(repository: str) -> Path:
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether it has the form of a URL, ``protocol://…``."""
+    return isinstance(path, str) and _URL.match(path) is not None
+
+
+def adapters_below(path: str | os.PathLike[str]) -> list[str] | None:
+    """The adapters in the subdirectories of a directory that is not one itself, sorted.
+
+    Args:
+        path: A directory or a URL.
+
+    Returns:
+        Their paths or URLs; ``None`` where the path is an adapter, or nothing that can be
+        listed (a hub id).
+
+    Raises:
+        AdapterFileError: If it is a URL that cannot be read.
+        MissingDependencyError: If a package for the URL's protocol is missing.
+    """
+    if isinstance(path, str) and is_url(path):
+        if _HF.fullmatch(path):
+            return None
+        if not path.startswith(("file://", "local://")):
+            files, root = _file_system(path)
+            return (
+                None
+                if _is_file(files, f"{root}/{peft.CONFIG}")
+                else [files.unstrip_protocol(folder) for folder in _below(files, root, path)]
+            )
+        path = _local(path)
+    folder = as_path(path).expanduser()
+    try:
+        if not folder.is_dir() or (folder / peft.CONFIG).is_file():
+            return None
+        return [os.fspath(e) for e in sorted(folder.iterdir()) if (e / peft.CONFIG).is_file()]
+    except OSError as error:
+        raise AdapterFileError(f"The path cannot be read: {error}.", file=path) from error
+
+
+def _local(url: str) -> str:
+    """The path that a URL of this machine's files names."""
+    return _file_system(url)[1]
+
+
+def _locate_url(url: str) -> Path:
+    named = _HF.fullmatch(url)
+    if named is not None:
+        folder = named["folder"]
+        snapshot = _download(named["id"], revision=named["revision"], folder=folder)
+        return _locate(url, snapshot / folder if folder else snapshot)
+    if url.startswith(("file://", "local://")):
+        return locate(_local(url))
+    files, root = _file_system(url)
+    if not _is_file(files, f"{root}/{peft.CONFIG}"):
+        below = _below(files, root, url)
+        if len(below) != 1:
+            raise AdapterFileError(
+                "The directory holds several adapters." if below else "There is no such adapter.",
+                file=url,
+                expected=peft.CONFIG,
+                got=", ".join(f.rsplit("/", 1)[-1] for f in below) or None,
+                fix=f"choose one, e.g. {files.unstrip_protocol(below[0])!r}"
+                if below
+                else "check the URL",
+            )
+        root = below[0]
+    return _fetch(files, root, url)
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """(file system, path in it without a slash at its end) of a URL."""
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Reading {url!r} needs the package fsspec.", fix='pip install "lorasmith[fleet]"'
+        ) from error
+    try:
+        files, root = url_to_fs(url)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Reading {url!r} needs a package that is not installed: {error}",
+            fix="install the package for that protocol (s3fs, gcsfs, adlfs, …)",
+        ) from error
+    except (ValueError, OSError) as error:
+        raise AdapterFileError(f"The URL cannot be read: {error}", file=url) from error
+    # What it listed earlier may be others by now.
+    files.invalidate_cache()
+    return files, str(root).rstrip("/")
+
+
+def _is_file(files: Any, path: str) -> bool:
+    try:
+        return bool(files.isfile(path))
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(f"The URL cannot be read: {error}.", file=path) from error
+
+
+def _below(files: Any, root: str, url: str) -> list[str]:
+    """Subdirectories that hold an adapter."""
+    try:
+        entries = files.ls(root, detail=True)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise AdapterFileError(f"The URL cannot be read: {error}.", file=url) from error
+    folders = sorted(str(e["name"]).rstrip("/") for e in entries if e.get("type") == "directory")
+    return [f for f in folders if _is_file(files, f"{f}/{peft.CONFIG}")]
+
+
+def _fetch(files: Any, root: str, url: str) -> Path:
+    """A local copy of an adapter's files, with the names they have."""
+    try:
+        present = {n: files.info(f"{root}/{n}") for n in _FILES if _is_file(files, f"{root}/{n}")}
+        identity = repr((files.to_json(), root, sorted((n, str(i)) for n, i in present.items())))
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        folder = _Copies.root() / digest / (root.rsplit("/", 1)[-1] or "adapter")
+        if folder.is_dir():
+            return folder
+        # Whole or not at all: what was cut off is not taken for a copy the next time.
+        partial = Path(tempfile.mkdtemp(dir=_Copies.root()))
+        for name in present:
+            files.get_file(f"{root}/{name}", os.fspath(partial / name))
+        folder.parent.mkdir(exist_ok=True)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another thread was faster
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(f"The URL cannot be read: {error}.", file=url) from error
+    return folder
+
+
+class _Copies:
+    """The directory of this process for copies of files that cannot be mapped."""
+
+    _root: Path | None = None
+    _owner = 0
+
+    @classmethod
+    def root(cls) -> Path:
+        """The directory; made at the first call, and removed when the process ends."""
+        if cls._root is None or cls._owner != os.getpid():
+            cls._root, cls._owner = Path(tempfile.mkdtemp(prefix="lorasmith-")), os.getpid()
+            atexit.register(cls._remove, cls._root, cls._owner)
+        return cls._root
+
+    @staticmethod
+    def _remove(folder: Path, owner: int) -> None:
+        if os.getpid() == owner:  # not in a process that was forked
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _download(repository: str, *, revision: str | None = None, folder: str | None = None) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError
@@ -91,10 +266,13 @@ def _download(repository: str) -> Path:
             "package huggingface_hub.",
             fix="pip install huggingface_hub, or correct the path",
         ) from error
-    names = (peft.CONFIG, peft.WEIGHTS, OWN)
+    inside = f"{folder}/" if folder else ""
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
         found = snapshot_download(
-            repository, allow_patterns=[*names, *(f"*/{name}" for name in names)]
+            repository,
+            **options,
+            allow_patterns=[f"{inside}{star}{name}" for star in ("", "*/") for name in _FILES],
         )
     # Not found, no access, no network, offline and not cached, an impossible id.
     except (OSError, ValueError, HfHubHTTPError) as error:

@@ -284,6 +284,7 @@ class AdapterWeights:
         shared: Mapping[str, Tensor] | None = None,
         extras: Mapping[str, Tensor] | None = None,
         like: AdapterWeights | None = None,
+        layouts: Mapping[str, LayerInfo] | None = None,
         base: BaseModel | None = None,
     ) -> AdapterWeights:
         """An adapter made of tensors, e.g. by merging others.
@@ -297,6 +298,7 @@ class AdapterWeights:
                 such tensors; by default that of the first layer in ``tensors``.
             extras: ``"<module>.<tensor>"`` → value of ``modules_to_save``.
             like: An adapter of the same base: base, task type and layout are taken over.
+            layouts: Module name → what is known of the layer, if ``like`` does not say it.
             base: The base model, if ``like`` does not say it.
 
         Raises:
@@ -306,8 +308,9 @@ class AdapterWeights:
             raise AdapterFileError("An adapter needs at least one layer.", key="tensors")
         variant = variant_of(config)
         infos, own = {}, {}
+        known_layers = {**(layouts or {}), **(like.layers if like is not None else {})}
         for module, values in tensors.items():
-            layout = like.layers.get(module) if like is not None else None
+            layout = known_layers.get(module)
             infos[module] = info = _sizes(variant, config, module, values, layout)
             own[module] = variant.shapes(config, info)
         places = variant.shared_specs(config, ())
@@ -343,7 +346,9 @@ class AdapterWeights:
         )
         if like is not None:
             fields["auto_mapping"] = known.get("auto_mapping")
-            same = set(like.modules) == set(infos)
+            # What else narrows the layers is not taken over, so that short names would be too many.
+            narrowed = any(known.get(k) for k in ("exclude_modules", "layers_to_transform"))
+            same = set(like.modules) == set(infos) and not narrowed
             if same and type(config) is type(like.config):
                 for key in ("target_modules", "feedforward_modules"):
                     if key in fields and key in known:
@@ -797,7 +802,8 @@ class AdapterWeights:
                 continue
             shown = {id(t) for t in (found.A, found.B)}
             for name, spec in self._variant.tensor_specs(self._file_config, info).items():
-                if id(state.values[name]) in shown:
+                # What stands in the file may be made of the variant's tensors.
+                if id(state.values.get(name)) in shown:
                     names.add(self._keys[module][spec.key])
         return names
 
@@ -815,13 +821,13 @@ class AdapterWeights:
 
 
 def translate(
-    fields: Mapping[str, Any], tensors: Collection[str], file: Path
+    fields: Mapping[str, Any], tensors: TensorSource, file: Path
 ) -> tuple[AdapterConfig, str | None]:
     """Our configuration for PEFT's fields, and why the adapter cannot be loaded, if so.
 
     Args:
         fields: ``adapter_config.json``.
-        tensors: Names of the tensors in the weights file.
+        tensors: Those of the weights file.
         file: The configuration's path, for messages.
 
     Raises:
@@ -881,7 +887,11 @@ def _warn_of_unknown(fields: Mapping[str, Any], file: Path) -> None:
         )
 
 
-def _claim(fields: Mapping[str, Any], tensors: Collection[str]) -> AdapterConfig | None:
+def _claim(fields: Mapping[str, Any], tensors: TensorSource) -> AdapterConfig | None:
+    told: dict[str, Any] = {}
+    for variant in variants().values():
+        told |= variant.fields_from_tensors(tensors, tensors.shape)
+    fields = {**fields, **told}
     for variant in variants().values():
         # First with any targets: which tensors are the variant's own, hence which modules
         # it adapts, is only known once it has read its fields.

@@ -27,6 +27,7 @@ __all__ = ["AdapterOptions", "Packing", "Quantization", "Schedule", "TrainConfig
 
 Packing = Literal["auto", "on", "off"]
 Schedule = Literal["linear", "cosine", "constant"]
+Form = Literal["full", "diagonal", "loadings"]
 Quantization = Literal["nf4", "fp4", "int8", "int4", "int8-torchao"]
 
 
@@ -319,6 +320,28 @@ class TrainConfig:
     run_name: str | None = None
     """Name of the run in trackers."""
 
+    subspace: Path | None = None
+    """Directory of a fleet's shared subspace (lorasmith fleet compress): train a new task inside
+    its basis. Of the adapter's options then only targets, exclude, layers, dropout and
+    modules_to_save count."""
+
+    subspace_extra: int = 0
+    """New directions (of a share basis: components) a layer to train with the core, of this task
+    only."""
+
+    subspace_form: Form | None = None
+    """What is trained: full or diagonal with a joint basis, loadings with a share basis. Default:
+    full, or loadings."""
+
+    subspace_task: str | None = None
+    """Id of the new task in the fleet; default: the name of OUTPUT."""
+
+    subspace_save: Path | None = None
+    """Write the fleet with the new task to this directory."""
+
+    subspace_in_place: bool = False
+    """Add the new task to the fleet in its own directory."""
+
     resume: str = "no"
     """no, last (the newest good checkpoint in OUTPUT), auto (the same if there is one), or the
     path of a checkpoint."""
@@ -334,6 +357,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output).expanduser())
+        for key in ("subspace", "subspace_save"):
+            if (given := getattr(self, key)) is not None:
+                object.__setattr__(self, key, Path(given).expanduser())
         trackers: Any = self.report_to
         trackers = (trackers,) if isinstance(trackers, str) else tuple(trackers)
         object.__setattr__(self, "report_to", tuple(n for n in trackers if n != "none"))
@@ -359,6 +385,7 @@ class TrainConfig:
         ):
             _check_integer(name, getattr(self, name), at_least=1)
         _check_integer("seed", self.seed, at_least=0)
+        _check_integer("subspace_extra", self.subspace_extra, at_least=0)
         if self.max_length < 2:
             raise ConfigError(
                 "max_length leaves no token to predict.",
@@ -380,6 +407,7 @@ class TrainConfig:
         if self.quantize is not None:
             _check_choice("quantize", self.quantize, get_args(Quantization))
         self._check_together()
+        self._check_subspace()
 
     def _normalise_dynamics(self) -> None:
         """Names as a tuple, options beside them; a mapping of both is taken, too."""
@@ -413,7 +441,12 @@ class TrainConfig:
             return ()
         from lorasmith.dynamics.registry import make_dynamics
 
-        return make_dynamics(self.dynamics, self.dynamics_options)
+        options = self.dynamics_options
+        if options is not None and options.get("stress", {}).get("anchor") is not None:
+            from lorasmith.training.anchor import with_anchor
+
+            options = with_anchor(options)
+        return make_dynamics(self.dynamics, options)
 
     def _check_together(self) -> None:
         if self.eval_data is not None and self.eval_split > 0:
@@ -445,6 +478,41 @@ class TrainConfig:
                 key="overwrite",
             )
 
+    def _check_subspace(self) -> None:
+        """What goes with --subspace, and what does not go without it."""
+        if self.subspace_form is not None:
+            _check_choice("subspace_form", self.subspace_form, get_args(Form))
+        if self.subspace is None:
+            for key in ("extra", "form", "task", "save", "in_place"):
+                if getattr(self, f"subspace_{key}"):
+                    raise ConfigError(
+                        f"subspace_{key} needs a subspace.",
+                        fix="give subspace, the directory of a fleet, as well",
+                        key=f"subspace_{key}",
+                    )
+            return
+        own = {"targets", "exclude", "layers", "dropout", "modules_to_save"}
+        others = sorted(set(self.adapter.given) - own)
+        if others or self.adapter.variant not in ("lora", "subspace"):
+            raise ConfigError(
+                "What is trained in a subspace follows from its basis.",
+                expected="adapter options among " + ", ".join(sorted(own)),
+                got=", ".join(others) or f"variant {self.adapter.variant}",
+                fix="subspace_form and subspace_extra say what is trained",
+                key=f"adapter.{others[0]}" if others else "adapter.variant",
+            )
+        if self.subspace_save is not None and self.subspace_in_place:
+            raise ConfigError(
+                "subspace_save and subspace_in_place contradict each other.",
+                fix="leave one of them out",
+                key="subspace_save",
+            )
+
+    @property
+    def subspace_target(self) -> Path | None:
+        """Where the fleet with the new task is to be written, if anywhere."""
+        return self.subspace if self.subspace_in_place else self.subspace_save
+
     @property
     def evaluates(self) -> bool:
         """Whether the run has rows to evaluate on."""
@@ -453,7 +521,9 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields, in types that JSON and YAML can hold."""
         values = dataclasses.asdict(self)
-        values["output"] = str(self.output)
+        for key in ("output", "subspace", "subspace_save"):
+            path = getattr(self, key)
+            values[key] = None if path is None else str(path)
         values["report_to"] = list(self.report_to)
         values["dynamics"] = list(self.dynamics)
         values["adapter"] = {

@@ -59,6 +59,7 @@ from lorasmith.errors import (
     TrainingError,
 )
 from lorasmith.training import checkpoints
+from lorasmith.training.anchor import load_anchors
 from lorasmith.training.calibration import calibration_batches
 from lorasmith.training.collate import Collator, PackingCollator, choose_collator
 from lorasmith.training.config import TrainConfig
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
     from lorasmith.core.config import AdapterConfig
     from lorasmith.dynamics.driver import Dynamics
     from lorasmith.dynamics.protocol import Dynamic
+    from lorasmith.fleet.trainable import SubspaceTrainer
 
 __all__ = ["EvalPoint", "LossPoint", "TrainResult", "TrainingInterrupted", "train"]
 
@@ -196,6 +198,9 @@ class TrainResult:
         adapter: The adapter's configuration, defaults filled in.
         versions: Of the packages that matter.
         task_adapters: Task → directory of its own adapter, if a stress controller left some.
+        subspace: Of a task that was trained in a fleet's basis: ``"task"``, its id;
+            ``"saved"``, the directory of the fleet that it was added to, or None;
+            ``"parameters"``, a ``ParameterCount`` as a mapping.
     """
 
     status: Literal["finished", "stopped early", "interrupted"]
@@ -225,6 +230,7 @@ class TrainResult:
     adapter: dict[str, Any]
     versions: dict[str, str]
     task_adapters: dict[str, str] = field(default_factory=dict)
+    subspace: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, in types that JSON can hold; numbers that are not finite become None."""
@@ -297,7 +303,7 @@ def train(
             expected="both model and tokenizer, or neither",
             key="tokenizer",
         )
-    adapter_config = config.adapter.to_config()
+    adapter_config = _adapter_config(config)
     rules = config.make_dynamics()
     if config.lora_plus_ratio is not None:
         check_lora_plus(variant_of(adapter_config))
@@ -307,6 +313,53 @@ def train(
     with _nothing_empty_left(config.output):
         _prepare_output(config, checkpoint)
         return _train(config, adapter_config, rules, device, checkpoint, model, tokenizer, progress)
+
+
+def _adapter_config(config: TrainConfig) -> AdapterConfig:
+    """What is trained, of a subspace as far as it is known without the fleet."""
+    if config.subspace is None:
+        return config.adapter.to_config()
+    from lorasmith.adapters.subspace import SubspaceConfig
+    from lorasmith.fleet.store import is_subspace
+
+    for path, there in ((config.subspace, True), (config.subspace_save, False)):
+        if path is not None and not is_subspace(path) and (there or path.exists()):
+            raise ConfigError(
+                "That is not the directory of a fleet.",
+                expected="what lorasmith fleet compress writes" + ("" if there else ", or nothing"),
+                file=path,
+                key="subspace" if there else "subspace_save",
+            )
+    return SubspaceConfig(init="fleet")
+
+
+def _in_subspace(config: TrainConfig, model: Any) -> SubspaceTrainer:
+    """Attaches what is trained inside a fleet's basis."""
+    from lorasmith.fleet.trainable import SubspaceTrainer
+
+    assert config.subspace is not None
+    options = config.adapter
+    made = SubspaceTrainer(
+        model,
+        config.subspace,
+        config.subspace_task or config.output.resolve().name,
+        form=config.subspace_form,
+        extra=config.subspace_extra,
+        modules=options.targets,
+        exclude=options.exclude or (),
+        layers=options.layers,
+        modules_to_save=options.modules_to_save or (),
+        dropout=options.dropout or 0.0,
+    )
+    count = made.parameter_count()
+    logger.info(
+        "Training %s numbers on %d layers; LoRA of rank %d would train %s.",
+        f"{count.trained:,}",
+        count.layers,
+        count.lora_rank,
+        f"{count.lora:,}",
+    )
+    return made
 
 
 @contextlib.contextmanager
@@ -357,22 +410,36 @@ def _train(
         transformers.set_seed(config.seed)
         there = frozenset(ls.attached(model))
         batches = calibration_batches(config, adapter_config, tokenizer, rows)
-        with bar(Console(stderr=True), shown=progress) as advance:
-            adapter = ls.attach(
-                model,
-                adapter_config,
-                calibration=batches,
-                dequantize=config.dequantize,
-                originals=_originals(config, adapter_config) if loaded else None,
-                progress=advance,
-            )
+        task = None if config.subspace is None else _in_subspace(config, model)
+        if task is not None:
+            adapter = task.adapter
+        else:
+            with bar(Console(stderr=True), shown=progress) as advance:
+                adapter = ls.attach(
+                    model,
+                    adapter_config,
+                    calibration=batches,
+                    dequantize=config.dequantize,
+                    originals=_originals(config, adapter_config) if loaded else None,
+                    progress=advance,
+                )
         if not loaded:
             # On failure a model that belongs to the caller must be as it was.
             failed.callback(_detach_new, model, there)
         collate, packing = _collator(config, model, tokenizer)
+        load_anchors(
+            rules,
+            model,
+            tokenizer,
+            collate=collate,
+            batch_size=config.eval_batch_size or config.batch_size,
+            max_length=config.max_length,
+            device=device,
+            seed=config.seed,
+        )
         stack.enter_context(_restored(model))
         trainer = _AdapterTrainer(
-            config, model, adapter, rules, rows, eval_rows, collate, packing, before, progress
+            config, model, adapter, rules, rows, eval_rows, collate, packing, before, progress, task
         )
         stack.callback(trainer.close_dynamics)
         stack.enter_context(contiguous_head_input(model))
@@ -466,6 +533,7 @@ class _Before:
     _FREE = frozenset(
         {"output", "resume", "overwrite", "save_steps", "save_total_limit", "log_steps"}
         | {"report_to", "run_name", "device", "eval_batch_size", "trust_remote_code"}
+        | {"subspace_task", "subspace_save", "subspace_in_place"}
     )
 
     def __init__(self, config: TrainConfig, checkpoint: Path | None) -> None:
@@ -754,8 +822,10 @@ class _AdapterTrainer(Trainer):
         packing: str,
         before: _Before,
         progress: bool,
+        task: SubspaceTrainer | None = None,
     ) -> None:
         self.run_config = config
+        self.task = task
         self.base: Any = model
         self.adapter = adapter
         self.rows, self.eval_rows = rows, eval_rows
@@ -1217,6 +1287,8 @@ class _AdapterTrainer(Trainer):
             self._save_adapter(self.run_config.output)
             self._save_task_adapters()
             self._save_histories()
+            if self.task is not None and self.run_config.subspace_target is not None:
+                self.task.finish().save(self.run_config.subspace_target)
         self._write_result(result)
         self.accelerator.wait_for_everyone()
         return result
@@ -1326,7 +1398,16 @@ class _AdapterTrainer(Trainer):
             task_adapters={}
             if status == "interrupted"
             else {task: str(self._task_folder(task)) for task in self._task_adapters()},
+            subspace=None if self.task is None else self._subspace(self.task, status),
         )
+
+    def _subspace(self, task: SubspaceTrainer, status: str) -> dict[str, Any]:
+        saved = None if status == "interrupted" else self.run_config.subspace_target
+        return {
+            "task": task.task,
+            "saved": None if saved is None else str(saved),
+            "parameters": task.parameter_count().to_dict(),
+        }
 
 
 def _with_prefix(entry: Mapping[str, Any], prefix: str) -> dict[str, float]:

@@ -1,0 +1,214 @@
+"""A fleet served from its shared basis: memory, switching, and decoding with mixed tasks.
+
+    python benchmarks/multitask.py                         # both parts, SmolLM2
+    python benchmarks/multitask.py --part memory --tasks 1000
+    python benchmarks/multitask.py --part decode --rows 8 --repeats 5
+
+memory: a synthetic fleet (random orthonormal bases of R directions on all linear layers, cores of
+rank r, int8) serves batches whose tasks keep changing, under a byte budget for unpacked tasks.
+Peak resident memory of the process, the model included; time to switch to tasks that are
+unpacked and to ones that are not.
+
+decode: real LoRA factors on all linear layers. Greedy decoding of one batch: the base model
+alone, one task for all rows, a task of its own for each row, and the same by PEFT's mixed batch
+(``adapter_names``). Median over the repeats; runs of all kinds alternate, so that a machine that
+is busy slows all of them alike.
+
+Each part runs in a process of its own. Prints JSON lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _model(name: str) -> tuple[Any, Any]:
+    from lorasmith.training.models import load_model
+
+    return load_model(name, dtype="float32")
+
+
+def _peak() -> float:
+    """Peak resident memory so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _batch(tokenizer: Any, rows: int, tokens: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(100, len(tokenizer) - 100, (rows, tokens), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _synthetic(model: Any, tasks: int, directions: int, rank: int) -> Any:
+    """A fleet of random tasks on all linear layers, int8."""
+    import lorasmith as ls
+    from lorasmith.fleet.building import coded
+    from lorasmith.fleet.codes import Layer
+    from lorasmith.fleet.members import MemberRecord
+    from lorasmith.fleet.subspace import Adapter, SharedSubspace
+    from lorasmith.io.weights import AdapterWeights
+
+    ls.attach(model, ls.LoRAConfig(r=rank))
+    weights = AdapterWeights.from_model(model, "default")
+    record = MemberRecord.of(weights)
+    ls.detach(model)
+    layers = []
+    for module, (d_in, d_out) in record.sizes.items():
+        up = torch.linalg.qr(torch.randn(d_out, min(directions, d_out)))[0].mT
+        down = torch.linalg.qr(torch.randn(d_in, min(directions, d_in)))[0].mT
+        layer = Layer.new(module, up, down, tasks)
+        for part in ("left", "right"):
+            layer.recode(**{part: "int8"})
+        scale = 0.02 / rank
+        codes = [
+            coded(torch.randn(rank, len(up)) * scale, torch.randn(rank, len(down)), (d_out, d_in))
+            for _ in range(tasks)
+        ]
+        layer.fill(codes)
+        layers.append(layer)
+    stored = sum(2 * rank * (a + b) for a, b in record.sizes.values())  # bfloat16
+    zeros = torch.zeros(len(layers), dtype=torch.float64)
+    adapters = [
+        Adapter(f"task-{i}", record, {}, stored, zeros + 1, zeros.clone()) for i in range(tasks)
+    ]
+    fleet = SharedSubspace("joint", layers, adapters)
+    fleet.quantize(8)
+    return fleet
+
+
+def memory(options: argparse.Namespace) -> None:
+    """Peak memory and switching times of a large fleet."""
+    from lorasmith.fleet.multitask import MultiTaskModel
+
+    model, tokenizer = _model(options.model)
+    loaded = _peak()
+    fleet = _synthetic(model, options.tasks, options.directions, options.rank)
+    served = MultiTaskModel(model, fleet, budget_bytes=options.budget * 2**20)
+    batch = _batch(tokenizer, options.rows, 16)
+    cold, warm = [], []
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(options.repeats):
+        chosen = torch.randperm(options.tasks, generator=generator)[: options.rows].tolist()
+        tasks = [f"task-{i}" for i in chosen]
+        for times in (cold, warm):
+            start = time.perf_counter()
+            served.use(tasks)
+            times.append((time.perf_counter() - start) / options.rows)
+        served.generate(batch, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    stats = served.stats()
+    bf16 = fleet.stats().original
+    _print(
+        "memory",
+        tasks=options.tasks,
+        layers=len(fleet.modules),
+        peak_gb=_peak(),
+        model_gb=loaded,
+        basis_mb=stats.basis / 1e6,
+        packed_mb=stats.packed / 1e6,
+        acting_mb=stats.acting / 1e6,
+        resident_mb=stats.resident.nbytes / 1e6,
+        resident_tasks=len(stats.resident.tasks),
+        as_bf16_adapters_gb=bf16 / 1e9,
+        switch_cold_ms_per_task=1e3 * statistics.median(cold),
+        switch_warm_ms_per_task=1e3 * statistics.median(warm),
+    )
+
+
+def decode(options: argparse.Namespace) -> None:
+    """Tokens a second with mixed tasks, beside one task, the base and PEFT."""
+    import peft
+
+    from lorasmith.fleet.multitask import MultiTaskModel
+    from lorasmith.fleet.subspace import SharedSubspace
+
+    names = [f"t{i}" for i in range(options.rows)]
+    with tempfile.TemporaryDirectory() as folder:
+        model, tokenizer = _model(options.model)
+        base, _ = _model(options.model)
+        config = peft.LoraConfig(
+            target_modules="all-linear", r=options.rank, lora_alpha=options.rank
+        )
+        theirs: Any = peft.get_peft_model(model, config, adapter_name=names[0])
+        for name in names[1:]:
+            theirs.add_adapter(name, config)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for n, p in theirs.named_parameters():
+                if "lora_B" in n:
+                    p.copy_(torch.randn(p.shape, generator=generator) * 0.01)
+        theirs.eval().save_pretrained(folder)
+        paths = {name: Path(folder) / name for name in names}
+        fleet = SharedSubspace.from_adapters(paths, components=options.directions)
+        served = MultiTaskModel(base, fleet)
+        batch = _batch(tokenizer, options.rows, 32)
+        settings = {
+            "max_new_tokens": options.tokens,
+            "min_new_tokens": options.tokens,
+            "do_sample": False,
+            "pad_token_id": 0,
+        }
+        runs: dict[str, Callable[[], Any]] = {
+            "base": lambda: served.generate(batch, tasks=None, **settings),
+            "one task": lambda: served.generate(batch, tasks=names[0], **settings),
+            "mixed": lambda: served.generate(batch, tasks=names, **settings),
+            "PEFT mixed": lambda: theirs.generate(**batch, adapter_names=names, **settings),
+        }
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(options.repeats):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - start)
+        medians = {name: statistics.median(found) for name, found in times.items()}
+        for name, seconds in medians.items():
+            _print(
+                "decode",
+                kind=name,
+                rows=options.rows,
+                tokens_per_second=options.rows * options.tokens / seconds,
+                time_over_base=seconds / medians["base"],
+                time_over_peft_mixed=seconds / medians["PEFT mixed"],
+            )
+
+
+def _print(part: str, **figures: Any) -> None:
+    rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in figures.items()}
+    print(json.dumps({"part": part, **rounded}), flush=True)
+
+
+def main() -> None:
+    """Runs the parts asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--part", choices=("memory", "decode"))
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--tasks", type=int, default=1000)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=32, help="tokens written a row (decode)")
+    parser.add_argument("--rank", type=int, default=8, help="rank of a task")
+    parser.add_argument("--directions", type=int, default=64, help="R of the shared basis")
+    parser.add_argument("--budget", type=int, default=256, help="MiB of unpacked tasks")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    if options.part is None:
+        for part in ("memory", "decode"):
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--part", part], check=True)
+        return
+    {"memory": memory, "decode": decode}[options.part](options)
+
+
+if __name__ == "__main__":
+    main()

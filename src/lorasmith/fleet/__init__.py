@@ -1,0 +1,77 @@
+"""Many adapters of one base model: read, compare, compress, merge and serve them.
+
+``members`` is how the rest sees an adapter; ``similarity`` and ``analysis`` compare adapters
+without regard to how each of them factored its ΔW, ``plots`` draws that.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+#: Name → module that defines it; loaded on first use (PEP 562).
+_EXPORTS = {
+    "SubspaceTrainer": "lorasmith.fleet.trainable",
+    "similarity": "lorasmith.fleet.similarity",
+    "redundancy": "lorasmith.fleet.analysis",
+    "outliers": "lorasmith.fleet.analysis",
+    "factor_gram": "lorasmith.fleet.similarity",
+    "embedding": "lorasmith.fleet.analysis",
+    "diff": "lorasmith.fleet.analysis",
+    "coverage": "lorasmith.fleet.analysis",
+    "clusters": "lorasmith.fleet.analysis",
+    "SimilarityMatrix": "lorasmith.fleet.similarity",
+    "Outliers": "lorasmith.fleet.analysis",
+    "Embedding": "lorasmith.fleet.analysis",
+    "Diff": "lorasmith.fleet.analysis",
+    "Coverage": "lorasmith.fleet.analysis",
+    "Clusters": "lorasmith.fleet.analysis",
+    "LayerFactors": "lorasmith.fleet.members",
+    "Member": "lorasmith.fleet.members",
+    "MemberRecord": "lorasmith.fleet.members",
+    "MultiTaskModel": "lorasmith.fleet.multitask",
+    "TaskRouter": "lorasmith.fleet.router",
+    "expand": "lorasmith.fleet.members",
+    "open_members": "lorasmith.fleet.members",
+    "rebuild": "lorasmith.fleet.members",
+}
+
+if TYPE_CHECKING:
+    from lorasmith.fleet.analysis import Clusters as Clusters
+    from lorasmith.fleet.analysis import Coverage as Coverage
+    from lorasmith.fleet.analysis import Diff as Diff
+    from lorasmith.fleet.analysis import Embedding as Embedding
+    from lorasmith.fleet.analysis import Outliers as Outliers
+    from lorasmith.fleet.analysis import clusters as clusters
+    from lorasmith.fleet.analysis import coverage as coverage
+    from lorasmith.fleet.analysis import diff as diff
+    from lorasmith.fleet.analysis import embedding as embedding
+    from lorasmith.fleet.analysis import outliers as outliers
+    from lorasmith.fleet.analysis import redundancy as redundancy
+    from lorasmith.fleet.members import LayerFactors as LayerFactors
+    from lorasmith.fleet.members import Member as Member
+    from lorasmith.fleet.members import MemberRecord as MemberRecord
+    from lorasmith.fleet.members import expand as expand
+    from lorasmith.fleet.members import open_members as open_members
+    from lorasmith.fleet.members import rebuild as rebuild
+    from lorasmith.fleet.multitask import MultiTaskModel as MultiTaskModel
+    from lorasmith.fleet.router import TaskRouter as TaskRouter
+    from lorasmith.fleet.similarity import SimilarityMatrix as SimilarityMatrix
+    from lorasmith.fleet.similarity import factor_gram as factor_gram
+    from lorasmith.fleet.similarity import similarity as similarity
+    from lorasmith.fleet.trainable import SubspaceTrainer as SubspaceTrainer
+
+__all__ = [*sorted(_EXPORTS)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'lorasmith.fleet' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

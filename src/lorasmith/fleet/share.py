@@ -1,0 +1,149 @@
+"""The Share basis of a fleet: principal components of factors that were aligned first.
+
+Share (arXiv 2602.06043) is the basis that vLoRA builds: the factors of all adapters are
+flattened, centred and reduced to K components a layer, for A and B apart,
+
+    A_i ≈ t_i (a_0 + Σ_k ℓ_ik a_k)      B_i ≈ t_i (b_0 + Σ_k m_ik b_k)      ΔW_i ≈ B_i A_i,
+
+so that a further adapter costs 2 (K + 1) numbers a layer. Written with one core, as the joint
+basis is: V = (a_0; …; a_K) [(K+1) r, d_in], U = (b_0, …, b_K) [d_out, (K+1) r] and
+C_i = (m_i ℓ_iᵀ) ⊗ I_r. The mean is component 0, and its loading t_i the adapter's size.
+
+Deviations from the paper and vLoRA, each of which lowers the error of ΔW:
+
+* A and B mean nothing each by itself: (Q A, B Q⁻¹) is the same adapter. Factors are brought
+  to the balanced gauge first (:func:`balance`: ΔW = P S Zᵀ, B = P S^½, A = S^½ Zᵀ, so that
+  A Aᵀ = Bᵀ B), which fixes them up to an orthogonal r × r matrix, and that is chosen by
+  generalised Procrustes analysis (:func:`align`; Gower 1975): each adapter is turned to the
+  mean of the others, [A_i, B_iᵀ] → Q_i [A_i, B_iᵀ].
+* Ranks may differ: missing rows are zero, which is exact.
+* Adapters can be scaled to unit norm before, so that small ones keep their relative accuracy.
+
+The components come from the eigenvectors of the N × N Gram matrix, accumulated in float64
+(:func:`components`): D = r d enters in one product only.
+
+Limits: with N adapters there are N − 1 components at most, and an adapter that was not among
+them is hardly in their span. What is left is measured on ΔW (:func:`distance`), not on factors.
+
+Shapes: ``A`` [L, N, r, d_in] and ``B`` [L, N, r, d_out] as in :mod:`lorasmith.fleet.joint`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorasmith.fleet.joint import gram, root
+
+__all__ = ["align", "balance", "components", "distance", "flatten", "turn"]
+
+#: Eigenvalues below this share of the largest are rounding.
+_NOISE = 1e-12
+
+
+def balance(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The balanced gauge: the same B A with A Aᵀ = Bᵀ B diagonal and falling.
+
+    With A Aᵀ = T Tᵀ, Bᵀ B = R Rᵀ and Rᵀ T = P S Z the new factors are A' = S^-½ Pᵀ Rᵀ A and
+    B' = B T Zᵀ S^-½; directions in which B A has rounding only become zero.
+
+    Args:
+        A: [..., r, d_in].
+        B: [..., r, d_out], the columns of the factor as rows.
+
+    Returns:
+        Both in the dtype given.
+    """
+    T, R = root(gram(A)), root(gram(B))
+    P, S, Z = torch.linalg.svd(R.mT @ T)
+    keep = (1e-7 * S[..., :1] < S) & (S > 0)
+    scale = torch.where(keep, S, torch.ones_like(S)).rsqrt() * keep
+    new_A = (scale.unsqueeze(-1) * P.mT @ R.mT).to(A.dtype) @ A
+    new_B = (scale.unsqueeze(-1) * Z @ T.mT).to(B.dtype) @ B
+    return new_A, new_B
+
+
+def turn(A: Tensor, B: Tensor, like_A: Tensor, like_B: Tensor) -> Tensor:
+    """The orthogonal Q [..., r, r] that brings (Q A, Q B) nearest to a reference.
+
+    Least squares over both factors (orthogonal Procrustes problem, Schönemann 1966): the polar
+    factor of A' Aᵀ + B' Bᵀ.
+    """
+    M = like_A @ A.mT + like_B @ B.mT
+    P, _, Z = torch.linalg.svd(M.to(torch.float64))
+    Q: Tensor = P @ Z
+    return Q
+
+
+def align(A: Tensor, B: Tensor, *, sweeps: int = 3) -> tuple[Tensor, Tensor]:
+    """Turns all adapters of each layer to their common mean (generalised Procrustes analysis).
+
+    Starts at the adapter of the largest norm; every sweep lowers Σ ‖Q_i Z_i − mean‖² or leaves
+    it. B A of every adapter stays what it was.
+
+    Args:
+        A: [L, N, r, d_in], balanced.
+        B: [L, N, r, d_out].
+        sweeps: How often the mean is computed anew.
+    """
+    first = A.square().sum((2, 3)).argmax(1)
+    layers = torch.arange(A.shape[0], device=A.device)
+    mean_A, mean_B = A[layers, first].unsqueeze(1), B[layers, first].unsqueeze(1)
+    for number in range(sweeps):
+        if number:
+            mean_A, mean_B = A.mean(1, keepdim=True), B.mean(1, keepdim=True)
+        Q = turn(A, B, mean_A, mean_B).to(A.dtype)
+        A, B = Q @ A, Q @ B
+    return A, B
+
+
+def flatten(A: Tensor) -> Tensor:
+    """[L, N, r, d] → [L, N, r d]."""
+    return A.flatten(2)
+
+
+def components(
+    X: Tensor, present: Tensor, most: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean and principal components of rows, by way of their Gram matrix.
+
+    Args:
+        X: [L, N, D]; zero where an adapter does not have the layer.
+        present: [L, N] booleans.
+        most: Number of components to compute; all by default.
+
+    Returns:
+        mean [L, D]; components [L, K, D] with orthonormal rows (zero beyond the rank);
+        loadings [L, N, K], zero where absent; the variance of each component [L, K]
+        (squared singular values, float64).
+    """
+    N = X.shape[1]
+    here = present.to(X.dtype).unsqueeze(-1)
+    count = here.sum(1).clamp_min(1)
+    mean = (X * here).sum(1) / count
+    # Centred without a centred copy: G − 1 gᵀ − g 1ᵀ + ḡ would cancel; the copy is exact.
+    Y = (X - mean.unsqueeze(1)) * here
+    values, vectors = torch.linalg.eigh(gram(Y))
+    wanted = N if most is None else min(most, N)
+    values, vectors = values.flip(-1)[:, :wanted], vectors.flip(-1)[..., :wanted]
+    keep = (values > _NOISE * values[:, :1]) & (values > 0)
+    singular = torch.where(keep, values.clamp_min(0), 0.0).sqrt()
+    K = int(keep.sum(1).max()) if keep.numel() else 0
+    singular, vectors, keep = singular[:, :K], vectors[..., :K], keep[:, :K]
+    scale = torch.where(keep, singular, 1.0).reciprocal() * keep
+    rows = (vectors * scale.unsqueeze(1)).mT.to(X.dtype) @ Y
+    return mean, rows, (vectors * singular.unsqueeze(1)).to(X.dtype), singular.square()
+
+
+def distance(A: Tensor, B: Tensor, other_A: Tensor, other_B: Tensor) -> Tensor:
+    """‖B A − B' A'‖² [L, N] in float64, from r × r products.
+
+    Args:
+        A: [L, N, r, d_in].
+        B: [L, N, r, d_out].
+        other_A: [L, N, r', d_in].
+        other_B: [L, N, r', d_out].
+    """
+    wide_A = torch.cat((A, other_A), dim=-2)
+    wide_B = torch.cat((B, -other_B), dim=-2)
+    return (gram(wide_A) * gram(wide_B)).sum((-2, -1)).clamp_min(0)

@@ -1,0 +1,1834 @@
+"""A fleet in one shared subspace: a few numbers an adapter, and all of them once.
+
+    ΔW_i ≈ U C_i V (+ B_i A_i)        U [d_out, R_u], V [R_d, d_in] shared, C_i [R_u, R_d] small
+
+on every layer. Two bases fill this form: ``joint`` (:mod:`lorasmith.fleet.joint`), the default,
+and ``share`` (:mod:`lorasmith.fleet.share`). The residual B_i A_i, of low rank, is what
+:meth:`SharedSubspace.add` keeps of an adapter that the basis does not span.
+
+    fleet = SharedSubspace.from_adapters(paths, error=0.05)
+    fleet.add("another")              # basis as it is: core, and a residual within the budget
+    fleet.absorb("yet-another")       # the basis grows
+    fleet.quantize(4)
+    fleet.save("fleet/")
+    SharedSubspace.load("fleet/").reconstruct("another").save("out/")   # a PEFT directory
+
+**Error.** Everywhere the relative squared error of an adapter's change of the weights,
+
+    ε_i = Σ_l ‖ΔW_il − ΔŴ_il‖² / Σ_l ‖ΔW_il‖²,
+
+so that 1 − ε_i is the share of its energy that is kept. It is measured when an adapter
+enters. What is done later to the whole fleet (truncating in :meth:`absorb`, quantising) moves
+what is held by δ_i = ‖ΔŴ_i − ΔŴ_i'‖, which is measured as well; without the originals the new
+error is only known to be at most (√ε_i + δ_i / ‖ΔW_i‖)², which is what :attr:`errors` then
+holds. :meth:`measure` finds the true one from the original.
+
+**Carried, not compressed.** DoRA's magnitudes, modules_to_save and all else beside the factors
+are kept bit for bit, as is what makes up the configuration. Of DoRA the error is that of its
+low-rank part, before the rescaling of rows.
+
+Adapters of other base models are refused. Ids are names of any kind, never paths.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from lorasmith.core.truncation import Product
+from lorasmith.errors import AdapterFileError, BaseMismatchError, ConfigError, UnknownNameError
+from lorasmith.fleet import incremental, share, store
+from lorasmith.fleet.building import (
+    Gauge,
+    Progress,
+    Stacks,
+    Target,
+    absent,
+    build_joint,
+    build_share,
+    coded,
+    joint_pairs,
+    pair_costs,
+)
+from lorasmith.fleet.codec import Codec, codec_of
+from lorasmith.fleet.codes import DIAGONAL, FACTORED, FULL, LOADINGS, Code, Layer
+from lorasmith.fleet.joint import choose, lost
+from lorasmith.fleet.members import (
+    LayerFactors,
+    Member,
+    MemberRecord,
+    Source,
+    check_base,
+    check_id,
+    default_ids,
+    expand,
+    open_members,
+    rebuild,
+)
+from lorasmith.fleet.streaming import JointStream, blocks
+from lorasmith.io.weights import AdapterWeights, BaseModel
+
+__all__ = [
+    "Absorbed",
+    "BudgetWarning",
+    "Projection",
+    "Quantized",
+    "SharedSubspace",
+    "Stats",
+]
+
+#: Which basis.
+Basis = Literal["joint", "share"]
+#: Share of ‖ΔW‖² that an adapter may lose unless told otherwise.
+DEFAULT_ERROR = 0.05
+#: Bytes of factors in memory while a basis is built.
+MEMORY = 2**31
+
+
+class BudgetWarning(UserWarning):
+    """An adapter has lost more of its change than the budget allows."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What a subspace holds of an adapter.
+
+    Attributes:
+        id: The adapter.
+        error: Relative squared error of ΔW over all layers.
+        layers: Module name → the same of one layer; 1 where the subspace has nothing.
+        budget: What was allowed.
+        residual_rank: Module name → rank of the residual that is kept beside the core.
+        nbytes: Bytes that the adapter takes, basis not counted.
+        codes: Module name → core [R_u, R_d], float32; empty unless made by ``project``.
+    """
+
+    id: str
+    error: float
+    layers: Mapping[str, float]
+    budget: float
+    residual_rank: Mapping[str, int] = field(default_factory=dict)
+    nbytes: int = 0
+    codes: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def within(self) -> bool:
+        """Whether the error is within the budget."""
+        return self.error <= self.budget
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures, in types that JSON can hold."""
+        return {
+            "id": self.id,
+            "error": self.error,
+            "budget": self.budget,
+            "within": self.within,
+            "residual_rank": dict(self.residual_rank),
+            "bytes": self.nbytes,
+            "layers": dict(self.layers),
+        }
+
+
+@dataclass(frozen=True)
+class Absorbed:
+    """What extending the basis did.
+
+    Attributes:
+        added: One record a new adapter.
+        moved: Id of an old adapter → ‖ΔŴ − ΔŴ'‖² / ‖ΔW‖² by the truncation; 0 up to rounding
+            where nothing was truncated.
+        ranks: Module name → (R_u, R_d) before and after.
+    """
+
+    added: tuple[Projection, ...]
+    moved: Mapping[str, float]
+    ranks: Mapping[str, tuple[tuple[int, int], tuple[int, int]]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures, in types that JSON can hold."""
+        return {
+            "added": [p.to_dict() for p in self.added],
+            "moved": dict(self.moved),
+            "ranks": {m: [list(a), list(b)] for m, (a, b) in self.ranks.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What quantising did.
+
+    Attributes:
+        before: Bytes of basis, codes and residuals before.
+        after: And after.
+        moved: Id → ‖ΔŴ − ΔŴ'‖² / ‖ΔW‖², measured.
+    """
+
+    before: int
+    after: int
+    moved: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures, in types that JSON can hold."""
+        return {"before": self.before, "after": self.after, "moved": dict(self.moved)}
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Bytes, counted on the tensors that are held.
+
+    Attributes:
+        adapters: Number of adapters.
+        layers: Number of layers.
+        basis: Bytes of U and V.
+        codes: Bytes of all cores.
+        residuals: Bytes of all residuals.
+        rest: Bytes of what is carried beside the factors (magnitudes, modules_to_save).
+        index: Bytes of the bookkeeping: which rows are whose, errors.
+        original: Bytes of all tensors of the adapters as they were stored.
+        original_rest: Of these, what is carried and not compressed.
+        disk: Bytes of the files it was last saved to or loaded from, or ``None``.
+        per_adapter: Id → bytes of its codes, residuals and rest.
+        ranks: Module name → (R_u, R_d).
+        codecs: Part → how it is stored.
+    """
+
+    adapters: int
+    layers: int
+    basis: int
+    codes: int
+    residuals: int
+    rest: int
+    index: int
+    original: int
+    original_rest: int
+    disk: int | None
+    per_adapter: Mapping[str, int]
+    ranks: Mapping[str, tuple[int, int]]
+    codecs: Mapping[str, str]
+
+    @property
+    def total(self) -> int:
+        """All bytes in memory."""
+        return self.basis + self.codes + self.residuals + self.rest + self.index
+
+    @property
+    def ratio(self) -> float:
+        """Original bytes ÷ bytes in memory."""
+        return self.original / self.total if self.total else math.inf
+
+    @property
+    def disk_ratio(self) -> float | None:
+        """Original bytes ÷ bytes on disk."""
+        return None if not self.disk else self.original / self.disk
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures, in types that JSON can hold."""
+        return {
+            "adapters": self.adapters,
+            "layers": self.layers,
+            "bytes": {
+                "basis": self.basis,
+                "codes": self.codes,
+                "residuals": self.residuals,
+                "rest": self.rest,
+                "index": self.index,
+                "total": self.total,
+                "original": self.original,
+                "disk": self.disk,
+            },
+            "ratio": self.ratio,
+            "disk_ratio": self.disk_ratio,
+            "per_adapter": dict(self.per_adapter),
+            "ranks": {m: list(r) for m, r in self.ranks.items()},
+            "codecs": dict(self.codecs),
+        }
+
+
+@dataclass(eq=False)
+class Adapter:
+    """What a subspace holds of an adapter beside its codes.
+
+    Attributes:
+        id: Its name.
+        record: What it takes to rebuild it.
+        rest: Tensors beside the factors, as they were stored.
+        nbytes: Bytes of all its tensors as they were stored.
+        energy: ‖ΔW‖² of each layer [L], float64.
+        lost: What of it is lost at most [L], float64.
+    """
+
+    id: str
+    record: MemberRecord
+    rest: dict[str, Tensor]
+    nbytes: int
+    energy: Tensor
+    lost: Tensor
+
+    @property
+    def error(self) -> float:
+        """Relative squared error over all layers."""
+        whole = float(self.energy.sum())
+        return float(self.lost.sum()) / whole if whole else 0.0
+
+
+class SharedSubspace:
+    """Many adapters of one base model in one basis; see the module.
+
+    Made by :meth:`from_adapters`, :meth:`from_stream` or :meth:`load`.
+
+    Attributes:
+        basis: ``"joint"`` or ``"share"``.
+        base: The base model.
+        budget: The error above which adding an adapter warns, and that :meth:`add` and
+            :meth:`absorb` keep unless told otherwise.
+    """
+
+    def __init__(
+        self,
+        basis: Basis,
+        layers: Sequence[Layer],
+        adapters: Sequence[Adapter],
+        *,
+        base: BaseModel | None = None,
+        budget: float = DEFAULT_ERROR,
+    ) -> None:
+        self.basis: Basis = basis
+        self.base = base or BaseModel()
+        self.budget = budget
+        self._layers = list(layers)
+        self._adapters = list(adapters)
+        self._disk: int | None = None
+        self._generation: str | None = None
+        self._source: Path | None = None
+
+    # -- making ------------------------------------------------------------------------------
+
+    @classmethod
+    def from_adapters(
+        cls,
+        sources: Source | Sequence[Source] | Mapping[str, Source],
+        ids: Sequence[str] | None = None,
+        *,
+        basis: Basis = "joint",
+        error: float | None = None,
+        variance: float | None = None,
+        components: int | None = None,
+        per_layer: bool = True,
+        relative: bool = True,
+        core: Literal["full", "diagonal"] = "full",
+        sweeps: int = 1,
+        gauge: Gauge = "aligned",
+        memory: int = MEMORY,
+        allow_base_mismatch: bool = False,
+        progress: Progress | None = None,
+    ) -> SharedSubspace:
+        """Compresses a fleet.
+
+        Args:
+            sources: Directories, hub ids, URLs, adapters that have been read; or a mapping of
+                ids to these. A directory of adapters stands for all of them.
+            ids: One for each adapter; by default names made of their paths.
+            basis: ``"joint"`` or ``"share"``.
+            error: The most that each adapter may lose, relative squared error of ΔW over its
+                layers; the fewest bytes with which all of them keep it. The default, with 0.05.
+            variance: In its place: the share of ‖ΔW‖² that is kept of every layer in the
+                mean over the adapters.
+            components: In its place: directions of U and V (joint), or components beside the
+                mean (share), on every layer.
+            per_layer: Whether layers may differ in their number of directions.
+            relative: Whether every adapter counts alike; else by ‖ΔW‖².
+            core: For the joint basis: all of C_i, or its diagonal only.
+            sweeps: Alternating improvements of the joint basis.
+            gauge: What is done to factors for the Share basis (for comparisons).
+            memory: Bytes that factors may take at a time; where all take more they are read
+                from their files again for each step.
+            allow_base_mismatch: Whether the adapters may name different base models.
+            progress: Called with (phase, done, total).
+
+        Raises:
+            ConfigError: An argument, or two that exclude each other.
+            AdapterFileError: An adapter cannot be read.
+            BaseMismatchError: They belong to different base models.
+            UnsupportedFeatureError: One cannot be part of a fleet.
+        """
+        target = _target(error, variance, components, per_layer)
+        _check_choice("basis", basis, ("joint", "share"))
+        _check_choice("core", core, ("full", "diagonal"))
+        _check_choice("gauge", gauge, ("aligned", "balanced", "stored"))
+        members = open_members(sources, ids, allow_base_mismatch=allow_base_mismatch)
+        sizes = _sizes(members)
+        stacks = Stacks(members, list(sizes), sizes, memory=memory, progress=progress)
+        with torch.no_grad():
+            if basis == "joint":
+                built = build_joint(
+                    stacks,
+                    target,
+                    relative=relative,
+                    sweeps=sweeps,
+                    diagonal=core == "diagonal",
+                )
+            else:
+                built = build_share(stacks, target, relative=relative, gauge=gauge)
+        adapters = [
+            Adapter(
+                m.id,
+                m.record,
+                {k: m.rest[k].clone() for k in m.rest},
+                m.nbytes,
+                stacks.energy[n].clone(),
+                built.lost[n].clone(),
+            )
+            for n, m in enumerate(members)
+        ]
+        budget = target.error if target.error is not None else DEFAULT_ERROR
+        made = cls(basis, built.layers, adapters, base=_base(members), budget=budget)
+        made._warn_of_all()
+        return made
+
+    @classmethod
+    def from_stream(
+        cls,
+        sources: Iterable[Source] | Mapping[str, Source],
+        ids: Iterable[str] | None = None,
+        *,
+        basis: Basis = "joint",
+        error: float | None = None,
+        components: int | None = None,
+        relative: bool = True,
+        most: int = 128,
+        block: int = 16,
+        allow_base_mismatch: bool = False,
+        progress: Progress | None = None,
+    ) -> SharedSubspace:
+        """Compresses a fleet of any size, reading it one block of adapters at a time.
+
+        The memory for it does not depend on the number of adapters; only the result, their
+        codes, does. See :mod:`lorasmith.fleet.streaming`.
+
+        Args:
+            sources: The adapters. A list or another collection is gone through twice, and every
+                error is exact; of a generator each adapter is seen once, and errors are bounds.
+            ids: One for each; by default names made of their paths, for a generator numbers
+                are added where they repeat.
+            basis: ``"joint"`` or ``"share"``.
+            error: As in :meth:`from_adapters`. Where ``most`` directions do not suffice for it,
+                there is a warning.
+            components: As in :meth:`from_adapters`.
+            relative: As in :meth:`from_adapters`.
+            most: Directions of each side of a layer that are kept on the way.
+            block: Adapters that are in memory at a time.
+            allow_base_mismatch: Whether they may name different base models.
+            progress: Called with (phase, done, total); the total is 0 where it is not known.
+        """
+        target = _target(error, None, components, True)
+        _check_choice("basis", basis, ("joint", "share"))
+        stream = _Stream(sources, ids, allow_base_mismatch)
+        if basis == "share":
+            return cls._stream_share(stream, target, block, allow_base_mismatch, progress)
+        once = not stream.again
+        made = JointStream(max(most, components or 0), relative=relative, once=once)
+        records: list[Adapter] = []
+        first: list[Member] = []
+        with torch.no_grad():
+            for group in blocks(stream, block):
+                made.feed(group)
+                first = first or group[:1]
+                zero = torch.zeros(0, dtype=torch.float64)
+                records += [
+                    Adapter(
+                        m.id, m.record, {k: m.rest[k].clone() for k in m.rest}, m.nbytes, zero, zero
+                    )
+                    for m in group
+                ]
+                if progress is not None:
+                    progress("bases", made.count, stream.total)
+            if not records:
+                raise AdapterFileError(
+                    "There is no adapter.", expected="at least one", key="sources"
+                )
+            if not once:
+                for number, member in enumerate(stream):
+                    made.code(number, member)
+                    if progress is not None:
+                        progress("cores", number + 1, stream.total)
+            built, energy = made.build(target, progress)
+        for n, adapter in enumerate(records):
+            adapter.energy, adapter.lost = energy[n].clone(), built.lost[n].clone()
+        budget = target.error if target.error is not None else DEFAULT_ERROR
+        whole = cls(basis, built.layers, records, base=stream.base, budget=budget)
+        whole._warn_of_all()
+        return whole
+
+    @classmethod
+    def _stream_share(
+        cls,
+        stream: _Stream,
+        target: Target,
+        block: int,
+        allow_base_mismatch: bool,
+        progress: Progress | None,
+    ) -> SharedSubspace:
+        whole: SharedSubspace | None = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BudgetWarning)  # one at the end tells all
+            for group in blocks(stream, block):
+                if whole is None:
+                    whole = cls.from_adapters(
+                        group,
+                        basis="share",
+                        error=target.error,
+                        components=target.components,
+                        allow_base_mismatch=allow_base_mismatch,
+                    )
+                else:
+                    whole.absorb(
+                        group,
+                        error=target.error,
+                        components=target.components,
+                        allow_base_mismatch=allow_base_mismatch,
+                    )
+                if progress is not None:
+                    progress("components", len(whole), stream.total)
+            if whole is None:
+                raise AdapterFileError(
+                    "There is no adapter.", expected="at least one", key="sources"
+                )
+            if stream.again:
+                for number, member in enumerate(stream):
+                    whole.measure(member, member.id, allow_base_mismatch=allow_base_mismatch)
+                    if progress is not None:
+                        progress("errors", number + 1, stream.total)
+        whole._warn_of_all()
+        return whole
+
+    def _warn_of_all(self) -> None:
+        """Warns if adapters are beyond the budget."""
+        limit = self.budget * (1 + 1e-6) + 1e-9
+        over = [a for a in self._adapters if a.error > limit]
+        if over:
+            worst = max(over, key=lambda a: a.error)
+            _warn(
+                f"{len(over)} of {len(self)} adapters lose more than {self.budget:.3g} of their "
+                f"change of the weights (relative squared error), {worst.id!r} most, with "
+                f"{worst.error:.3g}."
+            )
+
+    # -- what is in it -----------------------------------------------------------------------
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The adapters."""
+        return tuple(a.id for a in self._adapters)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The layers."""
+        return tuple(layer.module for layer in self._layers)
+
+    @property
+    def width(self) -> int:
+        """Directions of a component: the rank r of the Share basis, 1 of the joint one."""
+        return self._width()
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Id → relative squared error of ΔW; see the module."""
+        return {a.id: a.error for a in self._adapters}
+
+    def layer_errors(self, id: str) -> dict[str, float]:  # noqa: A002 - its name
+        """Module name → relative squared error of one adapter there."""
+        adapter = self._adapters[self._number(id)]
+        return _ratios(self.modules, adapter.lost, adapter.energy)
+
+    def up(self, module: str) -> Tensor:
+        """U [d_out, R_u], float32."""
+        return self._layer(module).up.unpack().mT
+
+    def down(self, module: str) -> Tensor:
+        """V [R_d, d_in], float32."""
+        return self._layer(module).down.unpack()
+
+    def core(self, id: str, module: str) -> Tensor:  # noqa: A002
+        """C [R_u, R_d] of an adapter on a layer, float32; zeros where it has nothing."""
+        return self._layer(module).core(self._number(id))
+
+    def factored_core(self, id: str, module: str) -> tuple[Tensor, Tensor]:  # noqa: A002
+        """Left [k, R_u] and right [k, R_d] with C = leftᵀ right, float32."""
+        layer = self._layer(module)
+        return layer.wide(layer.code(self._number(id)))
+
+    def code(self, id: str, module: str) -> Code:  # noqa: A002
+        """All that is held of an adapter on a layer, in the kind it is stored in, float32."""
+        return self._layer(module).code(self._number(id))
+
+    def residual(self, id: str, module: str) -> LayerFactors | None:  # noqa: A002
+        """What is kept of an adapter beside its core on a layer, or ``None``."""
+        code = self._layer(module).code(self._number(id))
+        if not len(code.residual_up):
+            return None
+        return LayerFactors(code.residual_down, code.residual_up.mT)
+
+    def rest(self, id: str) -> Mapping[str, Tensor]:  # noqa: A002
+        """The tensors beside the factors of an adapter, as they were stored."""
+        return dict(self._adapters[self._number(id)].rest)
+
+    def record(self, id: str) -> MemberRecord:  # noqa: A002
+        """What it takes to rebuild an adapter."""
+        return self._adapters[self._number(id)].record
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def __contains__(self, id: object) -> bool:  # noqa: A002
+        return id in self.ids
+
+    def __repr__(self) -> str:
+        return (
+            f"SharedSubspace({self.basis}, {len(self)} adapters, {len(self._layers)} layers, "
+            f"{self.stats().total:,} bytes)"
+        )
+
+    def _number(self, id: str) -> int:  # noqa: A002
+        for number, adapter in enumerate(self._adapters):
+            if adapter.id == id:
+                return number
+        raise UnknownNameError(
+            "The subspace holds no adapter of that id.",
+            expected=", ".join(map(repr, self.ids[:6])) + (", …" if len(self) > 6 else ""),
+            got=repr(id),
+            key="id",
+        )
+
+    def _layer(self, module: str) -> Layer:
+        for layer in self._layers:
+            if layer.module == module:
+                return layer
+        raise UnknownNameError(
+            "The subspace has no such layer.",
+            expected=", ".join(self.modules[:4]) + (", …" if len(self._layers) > 4 else ""),
+            got=module,
+            key="module",
+        )
+
+    # -- one more adapter --------------------------------------------------------------------
+
+    def project(
+        self,
+        source: Source,
+        *,
+        budget: float | None = None,
+        allow_base_mismatch: bool = False,
+    ) -> Projection:
+        """What the basis, as it is, can hold of an adapter. Nothing is changed.
+
+        Warns (:class:`BudgetWarning`) if that is too little.
+
+        Args:
+            source: The adapter.
+            budget: The error above which to warn; that of the subspace by default.
+            allow_base_mismatch: Whether it may name another base model.
+        """
+        member = self._open(source, None, allow_base_mismatch)
+        allowed = self.budget if budget is None else _share("budget", budget)
+        with torch.no_grad():
+            parts = self._project(member)
+        energy = sum(p.energy for p in parts.values())
+        gone = sum(p.lost for p in parts.values())
+        codes = {}
+        for m, p in parts.items():
+            if p.layer is not None:
+                left, right = p.layer.wide(p.code)
+                codes[m] = left.mT @ right
+        found = Projection(
+            member.id,
+            gone / energy if energy else 0.0,
+            {m: p.lost / p.energy if p.energy else 0.0 for m, p in parts.items()},
+            allowed,
+            codes=codes,
+        )
+        if not found.within:
+            _warn(_beyond(found) + " add(…, error=…) keeps the rest as a residual.")
+        return found
+
+    def add(
+        self,
+        source: Source,
+        id: str | None = None,  # noqa: A002
+        *,
+        error: float | None = None,
+        allow_base_mismatch: bool = False,
+    ) -> Projection:
+        """Adds an adapter with the basis as it is; other adapters do not change.
+
+        Beside its core it keeps a residual of low rank, on those layers and of those ranks
+        where a byte recovers most, until the error is within the budget.
+
+        Args:
+            source: The adapter.
+            id: Its name; by default made of its path.
+            error: The most that it may lose; the budget of the subspace by default. 1 keeps
+                the core only.
+            allow_base_mismatch: Whether it may name another base model.
+
+        Raises:
+            ConfigError: The id is taken, or ``error`` is no share.
+            BaseMismatchError: It belongs to another base model.
+        """
+        allowed = self.budget if error is None else _share("error", error)
+        member = self._open(source, id, allow_base_mismatch)
+        self._check_new(member.id)
+        with torch.no_grad():
+            parts = self._project(member)
+            _keep_residuals(parts, allowed)
+        return self._insert(member, parts, allowed)
+
+    def _insert(self, member: Member, parts: Mapping[str, _Part], allowed: float) -> Projection:
+        """Puts a projected adapter in; what can fail has been done before."""
+        rest = {k: member.rest[k].clone() for k in member.rest}
+        record = member.record
+        for module, part in parts.items():
+            if part.layer is None:
+                self._new_layer(module, member.sizes[module])
+        number = len(self._adapters)
+        energy = torch.zeros(len(self._layers), dtype=torch.float64)
+        gone = torch.zeros_like(energy)
+        for place, layer in enumerate(self._layers):
+            layer.grow()
+            part = parts.get(layer.module)
+            if part is None:
+                continue
+            layer.put(number, part.code)
+            energy[place], gone[place] = part.energy, part.lost
+        self._adapters.append(Adapter(member.id, record, rest, member.nbytes, energy, gone))
+        made = self._projection(number, allowed)
+        if not made.within:
+            _warn(_beyond(made))
+        return made
+
+    def _projection(self, number: int, allowed: float) -> Projection:
+        adapter = self._adapters[number]
+        ranks = {
+            layer.module: int(layer.index[number, 3])
+            for layer in self._layers
+            if layer.index[number, 3]
+        }
+        return Projection(
+            adapter.id,
+            adapter.error,
+            _ratios(self.modules, adapter.lost, adapter.energy),
+            allowed,
+            ranks,
+            self._adapter_bytes(number),
+        )
+
+    def _new_layer(self, module: str, sizes: tuple[int, int]) -> None:
+        """A layer that no adapter had so far: an empty basis."""
+        d_in, d_out = sizes
+        width = self._width()
+        start = width if self.basis == "share" else 0
+        layer = Layer.new(
+            module, torch.zeros(start, d_out), torch.zeros(start, d_in), len(self), width
+        )
+        if self._layers:
+            like = self._layers[0]
+            names = ("up", "down", "left", "right", "residual_up", "residual_down")
+            layer.recode(**{name: getattr(like, name).codec for name in names})
+        self._layers.append(layer)
+        for adapter in self._adapters:
+            adapter.energy = torch.cat((adapter.energy, adapter.energy.new_zeros(1)))
+            adapter.lost = torch.cat((adapter.lost, adapter.lost.new_zeros(1)))
+
+    def _width(self) -> int:
+        return self._layers[0].width if self._layers else 1
+
+    def _open(self, source: Source, id: str | None, allow_base_mismatch: bool) -> Member:  # noqa: A002
+        member = open_members(
+            [source] if id is None else {id: source}, allow_base_mismatch=allow_base_mismatch
+        )
+        if len(member) != 1:
+            raise ConfigError(
+                "That is more than one adapter.", expected="one", got=len(member), key="source"
+            )
+        (one,) = member
+        self._check_base(one, allow_base_mismatch)
+        return one
+
+    def _check_base(self, member: Member, allow_base_mismatch: bool) -> None:
+        if not allow_base_mismatch:
+            mine, theirs = self.base, member.weights.base
+            reason = None
+            if mine.fingerprint is not None and theirs.fingerprint is not None:
+                difference = mine.fingerprint.compare(theirs.fingerprint)
+                reason = None if difference.same else str(difference)
+            elif mine.name is not None and theirs.name is not None and mine.name != theirs.name:
+                reason = "by their names"
+            if reason is not None:
+                raise BaseMismatchError(
+                    f"The adapter {member.id!r} was made for another base model than the "
+                    f"subspace ({reason}).",
+                    expected=mine.name,
+                    got=theirs.name,
+                    fix="take adapters of one base model, or pass allow_base_mismatch=True "
+                    "(--allow-base-mismatch) if the two are the same",
+                )
+        for module, (d_in, d_out) in member.sizes.items():
+            if module in self.modules and self._layer(module).sizes != (d_out, d_in):
+                known = self._layer(module).sizes
+                raise BaseMismatchError(
+                    f"The adapter {member.id!r} was made for another base model than the "
+                    "subspace: a layer has other sizes.",
+                    key=module,
+                    expected=f"{known[1]} → {known[0]}",
+                    got=f"{d_in} → {d_out}",
+                )
+
+    def _check_new(self, name: str) -> None:
+        check_id(name)
+        if name in self.ids:
+            raise ConfigError(
+                "The subspace holds an adapter of that id already.",
+                got=repr(name),
+                fix="choose another id, or remove that one first",
+                key="id",
+            )
+
+    def _project(self, member: Member) -> dict[str, _Part]:
+        """What the basis holds of each layer of an adapter, and what is left over."""
+        self_layers = {layer.module: layer for layer in self._layers}
+        found: dict[str, _Part] = {}
+        for module in member.modules:
+            factors = member.factors(module)
+            A, B = factors.A, factors.B.mT.contiguous()
+            layer = self_layers.get(module)
+            if layer is None:
+                width = self._width()
+                start = width if self.basis == "share" else 0
+                blank = Layer.new(
+                    module, B.new_zeros(start, B.shape[1]), A.new_zeros(start, A.shape[1]), 0, width
+                )
+                code = self._fit(blank, A, B)
+                found[module] = _Part.of(None, code, blank, A, B)
+            else:
+                found[module] = _Part.of(layer, self._fit(layer, A, B), layer, A, B)
+        return found
+
+    def _fit(self, layer: Layer, A: Tensor, B: Tensor) -> Code:
+        """The code of ΔW in a layer's basis, whatever that is; no residual."""
+        up, down = layer.up.unpack(), layer.down.unpack()
+        none = B.new_zeros(0, B.shape[1]), A.new_zeros(0, A.shape[1])
+        if self.basis == "joint":
+            if not len(up) or not len(down):
+                return Code(FACTORED, B.new_zeros(0, len(up)), A.new_zeros(0, len(down)), *none)
+            right, left = share.balance(_coordinates(A, down), _coordinates(B, up))
+            if int(layer.index[:, 0].max() if len(layer.index) else 0) == DIAGONAL:
+                return coded(left, right, layer.sizes, diagonal=True)
+            return coded(left, right, layer.sizes)
+        r = layer.width
+        # A of a higher rank than the basis is made for: its best part.
+        A, B = share.balance(A, B)
+        A, B = A[:r], B[:r]
+        A = torch.nn.functional.pad(A, (0, 0, 0, r - A.shape[0]))
+        B = torch.nn.functional.pad(B, (0, 0, 0, r - B.shape[0]))
+        Q = share.turn(A, B, down[:r], up[:r]).to(A.dtype)
+        ups, downs = up.view(-1, r * up.shape[1]), down.view(-1, r * down.shape[1])
+        left = _coordinates((Q @ B).reshape(1, -1), ups)
+        right = _coordinates((Q @ A).reshape(1, -1), downs)
+        return Code(LOADINGS, left, right, *none)
+
+    # -- taking adapters out -----------------------------------------------------------------
+
+    def remove(self, id: str) -> None:  # noqa: A002
+        """Takes an adapter out; basis and other adapters stay as they are."""
+        number = self._number(id)
+        for layer in self._layers:
+            layer.drop(number)
+        del self._adapters[number]
+
+    def factors(self, id: str) -> dict[str, LayerFactors]:  # noqa: A002
+        """Module name → factors of what is held of an adapter, core and residual together."""
+        number = self._number(id)
+        found = {}
+        for layer in self._layers:
+            if layer.has(number):
+                A, B = layer.rows(number)
+                found[layer.module] = LayerFactors(A, B.mT)
+        return found
+
+    def reconstruct(
+        self,
+        id: str,  # noqa: A002
+        rank: Literal["original", "exact"] | int = "original",
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> AdapterWeights:
+        """An adapter as it was, configuration and all, of what is held of it.
+
+        Args:
+            id: Which.
+            rank: ``"original"``: every layer has the rank it had; ``"exact"``: as high as it
+                takes to hold core and residual together without a loss; or a number. A
+                product of higher rank is cut to its leading singular vectors.
+            dtype: In which to store the factors; as before by default.
+
+        Raises:
+            UnknownNameError: There is no such adapter.
+            ConfigError: ``rank`` is not usable.
+        """
+        if rank not in ("original", "exact") and (type(rank) is not int or rank < 1):
+            raise ConfigError(
+                "rank is not usable.",
+                expected='"original", "exact", or an integer of at least 1',
+                got=repr(rank),
+                key="rank",
+            )
+        adapter = self._adapters[self._number(id)]
+        made = {}
+        for module, factors in self.factors(id).items():
+            if rank == "exact":
+                most = min(*self._layer(module).sizes)
+            elif rank == "original":
+                most = adapter.record.ranks[module]
+            else:
+                most = min(cast("int", rank), *self._layer(module).sizes)
+            made[module] = _cut(factors, most)
+        if rank == "original":
+            return rebuild(adapter.record, made, rest=adapter.rest, rank="original", dtype=dtype)
+        return rebuild(adapter.record, made, rest=adapter.rest, dtype=dtype)
+
+    # -- extending the basis -----------------------------------------------------------------
+
+    def absorb(
+        self,
+        sources: Source | Sequence[Source] | Mapping[str, Source],
+        ids: Sequence[str] | None = None,
+        *,
+        error: float | None = None,
+        components: int | None = None,
+        allow_base_mismatch: bool = False,
+    ) -> Absorbed:
+        """Extends the basis by adapters, exactly, and cuts it to the budget again.
+
+        The result is the decomposition of all adapters at once as far as they are held. What
+        the truncation moves of old adapters is measured and reported; none is moved beyond
+        the budget (see :attr:`errors`), and one that is beyond it already stays as it is.
+
+        Args:
+            sources: The new adapters.
+            ids: Their names.
+            error: The most that any adapter may lose; the budget of the subspace by default.
+                0 truncates nothing.
+            components: In its place: how many directions (joint) or components (share) every
+                layer has afterwards, at most.
+            allow_base_mismatch: Whether they may name another base model.
+        """
+        allowed = self.budget if error is None else _share("error", error)
+        members = open_members(sources, ids, allow_base_mismatch=allow_base_mismatch)
+        for member in members:
+            self._check_base(member, allow_base_mismatch)
+            self._check_new(member.id)
+        before = {layer.module: layer.ranks for layer in self._layers}
+        old = len(self._adapters)
+        for member in members:
+            for module in member.modules:
+                if module not in self.modules:
+                    self._new_layer(module, member.sizes[module])
+        with torch.no_grad():
+            moved = (
+                self._absorb_joint(members, allowed, components)
+                if self.basis == "joint"
+                else self._absorb_share(members, allowed, components)
+            )
+        added = tuple(self._projection(n, allowed) for n in range(old, len(self._adapters)))
+        for record in added:
+            if record.error > allowed * (1 + 1e-6) + 1e-9:
+                _warn(_beyond(record))
+        ranks = {
+            layer.module: (before.get(layer.module, (0, 0)), layer.ranks) for layer in self._layers
+        }
+        return Absorbed(added, moved, ranks)
+
+    def _prepare(self, members: Sequence[Member]) -> tuple[list[Adapter], list[Adapter]]:
+        """Records of the old and the new adapters, with places for what is measured."""
+        new = []
+        for member in members:
+            zeros = torch.zeros(len(self._layers), dtype=torch.float64)
+            rest = {k: member.rest[k].clone() for k in member.rest}
+            new.append(Adapter(member.id, member.record, rest, member.nbytes, zeros, zeros.clone()))
+        return list(self._adapters), new
+
+    def _absorb_joint(
+        self, members: Sequence[Member], allowed: float, most: int | None
+    ) -> dict[str, float]:
+        old, new = self._prepare(members)
+        everyone = [*old, *new]
+        turned: list[_Turned] = []
+        for place, layer in enumerate(self._layers):
+            lefts, rights = [], []
+            up, down = _orthonormal(layer.up.unpack()), _orthonormal(layer.down.unpack())
+            for n in range(len(old)):
+                left, right = layer.wide(layer.code(n))
+                if left.shape[0] > right.shape[1]:
+                    left, right = right.mT @ left, torch.eye(right.shape[1])
+                lefts.append(left.to(torch.float64) @ up[1])
+                rights.append(right.to(torch.float64) @ down[1])
+            rows_A, rows_B = [], []
+            sizes = [x.shape[0] for x in lefts]
+            for member, adapter in zip(members, new, strict=True):
+                if layer.module not in member.modules:
+                    sizes.append(0)
+                    continue
+                factors = member.factors(layer.module)
+                rows_A.append(factors.A)
+                rows_B.append(factors.B.mT)
+                sizes.append(factors.rank)
+                adapter.energy[place] = _square(factors.A, factors.B.mT)
+            state = incremental.Turned(
+                up[0],
+                down[0],
+                torch.cat([torch.zeros(0, len(up[0]), dtype=torch.float64), *lefts]),
+                torch.cat([torch.zeros(0, len(down[0]), dtype=torch.float64), *rights]),
+            )
+            if rows_A:
+                state = incremental.extend(state, torch.cat(rows_A), torch.cat(rows_B))
+            turned.append(_Turned(state, sizes))
+        totals = torch.tensor([float(a.energy.sum()) for a in everyone], dtype=torch.float64)
+        weights = torch.where(totals > 0, totals, torch.ones_like(totals)).reciprocal()
+        options = []
+        for place, one in enumerate(turned):
+            one.state, _, _ = incremental.rotate(one.state, one.sizes, weights)
+            options.append(one.options(self._layers[place].sizes, allowed, most))
+        # What may still be lost: from √ε to √budget of each adapter's norm.
+        errors = torch.tensor([a.error for a in everyone], dtype=torch.float64)
+        room = (math.sqrt(allowed) - errors.sqrt()).clamp_min(0).square() * totals
+        if allowed and most is None:
+            chosen = choose([o[0] for o in options], [o[1] for o in options], room)
+        else:
+            chosen = [len(o[2]) - 1 for o in options]
+        moved = torch.zeros(len(everyone), len(self._layers), dtype=torch.float64)
+        for place, (one, option, c) in enumerate(zip(turned, options, chosen, strict=True)):
+            layer = self._layers[place]
+            a, b = option[2][c]
+            whole = (a, b) == (one.state.up.shape[0], one.state.down.shape[0])
+            moved[:, place] = 0 if whole else option[0][:, c]
+            self._layers[place] = one.layer(layer, a, b, len(old))
+        return self._settle(old, new, moved)
+
+    def _settle(
+        self, old: Sequence[Adapter], new: Sequence[Adapter], moved: Tensor
+    ) -> dict[str, float]:
+        """Enters what a truncation has moved [N, L] into the errors; the new adapters come in."""
+        report = {}
+        for n, adapter in enumerate([*old, *new]):
+            if n >= len(old):
+                adapter.lost = moved[n].clone()
+                continue
+            before = adapter.lost
+            adapter.lost = (before.sqrt() + moved[n].sqrt()).square()
+            whole = float(adapter.energy.sum())
+            report[adapter.id] = float(moved[n].sum()) / whole if whole else 0.0
+        self._adapters = [*old, *new]
+        return report
+
+    def _absorb_share(
+        self, members: Sequence[Member], allowed: float, most: int | None
+    ) -> dict[str, float]:
+        old, new = self._prepare(members)
+        everyone = [*old, *new]
+        highest = max([self._width(), *(m.rank(k) for m in members for k in m.modules)])
+        if highest > self._width():
+            self._widen(highest)
+        moved = torch.zeros(len(everyone), len(self._layers), dtype=torch.float64)
+        gathered = []
+        for place, layer in enumerate(self._layers):
+            up, down = layer.up.unpack(), layer.down.unpack()
+            r = layer.width
+            rows_A, rows_B, who = [], [], []
+            who.extend(n for n in range(len(old)) if layer.has(n))
+            codes = [layer.code(n) for n in who]
+            for k, member in enumerate(members):
+                if layer.module not in member.modules:
+                    continue
+                factors = member.factors(layer.module)
+                A, B = share.balance(factors.A, factors.B.mT.contiguous())
+                new[k].energy[place] = _square(factors.A, factors.B.mT)
+                A = torch.nn.functional.pad(A, (0, 0, 0, r - A.shape[0]))
+                B = torch.nn.functional.pad(B, (0, 0, 0, r - B.shape[0]))
+                Q = share.turn(A, B, down[:r], up[:r]).to(A.dtype)
+                rows_A.append((Q @ A).flatten())
+                rows_B.append((Q @ B).flatten())
+                who.append(len(old) + k)
+            gathered.append((codes, rows_A, rows_B, who))
+        totals = torch.tensor([float(a.energy.sum()) for a in everyone], dtype=torch.float64)
+        scales = torch.where(totals > 0, totals, torch.ones_like(totals)).pow(0.25)
+        room = [max(0.0, math.sqrt(allowed) - math.sqrt(a.error)) ** 2 for a in everyone]
+        for place, layer in enumerate(self._layers):
+            codes, rows_A, rows_B, who = gathered[place]
+            if not who:
+                continue
+            r = layer.width
+            sizes = scales[who]
+            sides = []
+            for basis, loads, rows in (
+                (layer.up.unpack(), [c.left for c in codes], rows_B),
+                (layer.down.unpack(), [c.right for c in codes], rows_A),
+            ):
+                flat = basis.reshape(-1, r * basis.shape[1])
+                sides.append(_share_side(flat, loads, rows, sizes))
+            (mean_B, axes_B, load_B), (mean_A, axes_A, load_A) = sides
+            full = max(axes_A.shape[0], axes_B.shape[0])
+            whole = _share_rows(mean_A, mean_B, axes_A, axes_B, load_A, load_B, full, r)
+            limit = torch.tensor(
+                [room[n] * float(everyone[n].energy[place]) for n in who], dtype=torch.float64
+            )
+            k, gone = full, torch.zeros(len(who), dtype=torch.float64)
+            if most is not None and most < full:
+                k = most
+                cut = _share_rows(mean_A, mean_B, axes_A, axes_B, load_A, load_B, k, r)
+                gone = share.distance(whole[0], whole[1], *cut)[0]
+            elif allowed and most is None:
+                for tried in range(full):
+                    cut = _share_rows(mean_A, mean_B, axes_A, axes_B, load_A, load_B, tried, r)
+                    gone_here = share.distance(whole[0], whole[1], *cut)[0]
+                    if bool((gone_here <= limit).all()):
+                        k, gone = tried, gone_here
+                        break
+            moved[who, place] = gone
+            self._layers[place] = _share_rebuilt(
+                layer,
+                mean_A,
+                mean_B,
+                axes_A[:k],
+                axes_B[:k],
+                load_A[:, : k + 1],
+                load_B[:, : k + 1],
+                who,
+                len(everyone),
+            )
+        return self._settle(old, new, moved)
+
+    def _widen(self, r: int) -> None:
+        """Rows of zeros, so that the Share basis holds adapters of a higher rank."""
+        for layer in self._layers:
+            was = layer.width
+            for name in ("up", "down"):
+                rows = getattr(layer, name)
+                values = rows.unpack().view(-1, was, rows.columns)
+                wide = torch.nn.functional.pad(values, (0, 0, 0, r - was)).flatten(0, 1)
+                setattr(layer, name, type(rows).pack(wide, rows.codec))
+            layer.width = r
+
+    # -- tasks that are trained in the subspace -----------------------------------------------
+
+    def insert_core(
+        self,
+        id: str,  # noqa: A002
+        cores: Mapping[str, Tensor | tuple[Tensor, Tensor]],
+        record: MemberRecord,
+        rest: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Adds a task of which the cores are given, e.g. one that was trained in this basis.
+
+        Args:
+            id: Its name.
+            cores: Module name → C [R_u, R_d]; or for the Share basis the loadings
+                (m [K + 1], ℓ [K + 1]).
+            record: What it takes to rebuild it.
+            rest: Tensors beside the factors, under the names that the record says.
+
+        Raises:
+            ConfigError: The id is taken, or a core has another shape than the basis asks for.
+        """
+        self._check_new(id)
+        codes = {}
+        for module, given in cores.items():
+            layer = self._layer(module)
+            none = torch.zeros(0, layer.sizes[0]), torch.zeros(0, layer.sizes[1])
+            if isinstance(given, tuple):
+                left, right = (t.detach().float().reshape(1, -1) for t in given)
+                wanted: tuple[int, ...] = (
+                    len(layer.up) // layer.width,
+                    len(layer.down) // layer.width,
+                )
+                got: tuple[int, ...] = (left.shape[1], right.shape[1])
+                code = Code(LOADINGS, left, right, *none)
+            else:
+                core = given.detach().float()
+                wanted, got = layer.ranks, tuple(core.shape)
+                code = Code(FULL, torch.zeros(0, len(layer.up)), core, *none)
+            if wanted != got or isinstance(given, tuple) != (self.basis == "share"):
+                raise ConfigError(
+                    "A core does not fit the basis.",
+                    expected=f"{'loadings' if self.basis == 'share' else 'a core'} {list(wanted)}",
+                    got=list(got),
+                    key=module,
+                )
+            codes[module] = code
+        number = len(self._adapters)
+        energy = torch.zeros(len(self._layers), dtype=torch.float64)
+        for place, layer in enumerate(self._layers):
+            layer.grow()
+            if layer.module in codes:
+                layer.put(number, codes[layer.module])
+                A, B = layer.rows(number)
+                energy[place] = _square(A, B)
+        carried = {k: v.detach().clone() for k, v in (rest or {}).items()}
+        size = {"float32": 4, "float64": 8}.get(record.dtype, 2)
+        nbytes = size * sum(
+            r * sum(record.sizes[m]) for m, r in record.ranks.items() if m in record.sizes
+        ) + sum(t.numel() * t.element_size() for t in carried.values())
+        self._adapters.append(
+            Adapter(id, record, carried, nbytes, energy, torch.zeros_like(energy))
+        )
+
+    def extend(self, module: str, up: Tensor, down: Tensor) -> None:
+        """Appends directions to the basis of a layer; what adapters do stays exactly the same.
+
+        Args:
+            module: The layer.
+            up: New columns of U [d_out, n]; for the Share basis n is a multiple of its rank r,
+                one component each.
+            down: New rows of V [n', d_in].
+        """
+        layer = self._layer(module)
+        rows_up, rows_down = up.detach().float().mT.contiguous(), down.detach().float()
+        fits = rows_up.shape[1:] == (layer.sizes[0],) and rows_down.shape[1:] == (layer.sizes[1],)
+        if not fits or len(rows_up) % layer.width or len(rows_down) % layer.width:
+            raise ConfigError(
+                "The new directions do not fit the layer.",
+                expected=f"up [{layer.sizes[0]}, n] and down [n, {layer.sizes[1]}]"
+                + (f", n a multiple of {layer.width}" if layer.width > 1 else ""),
+                got=f"up {list(up.shape)} and down {list(down.shape)}",
+                key=module,
+            )
+        codes = [layer.code(n) for n in range(len(self))]
+        more_up, more_down = len(rows_up) // layer.width, len(rows_down) // layer.width
+        pad = torch.nn.functional.pad
+        wide = []
+        for code in codes:
+            left = pad(code.left, (0, more_up))
+            if code.kind == FULL:
+                right = pad(code.right, (0, more_down, 0, more_up))
+            elif code.kind == DIAGONAL:  # a diagonal is as long as the shorter side
+                Ru, Rd = len(layer.up) + more_up, len(layer.down) + more_down
+                right = pad(code.right, (0, min(Ru, Rd) - code.right.shape[1]))
+            else:
+                right = pad(code.right, (0, more_down))
+            wide.append(replace(code, left=left, right=right))
+        pack = type(layer.up).pack
+        layer.up = type(layer.up).join([layer.up, pack(rows_up, layer.up.codec)])
+        layer.down = type(layer.down).join([layer.down, pack(rows_down, layer.down.codec)])
+        _refill(layer, wide)
+
+    # -- bytes -------------------------------------------------------------------------------
+
+    def quantize(
+        self,
+        bits: int | str = 8,
+        *,
+        basis: int | str | None = None,
+        codes: int | str | None = None,
+        residuals: int | str | None = None,
+    ) -> Quantized:
+        """Stores basis, codes and residuals in fewer bits, in memory and on disk.
+
+        Codes are fitted anew to the basis as it is after rounding. Adapters that come later
+        are stored the same way.
+
+        Args:
+            bits: 32, 16, 8, 4 or ``"nf4"``; see :mod:`lorasmith.fleet.codec`.
+            basis: Of the basis, if others.
+            codes: Of the codes, if others.
+            residuals: Of the residuals, if others.
+
+        Returns:
+            Bytes before and after, and how far each adapter has moved.
+        """
+        chosen: dict[str, Codec] = {}
+        for names, own in (
+            (("up", "down"), basis),
+            (("left", "right"), codes),
+            (("residual_up", "residual_down"), residuals),
+        ):
+            chosen |= dict.fromkeys(names, codec_of(bits if own is None else own))
+        before = self.stats()
+        moved = torch.zeros(len(self), len(self._layers), dtype=torch.float64)
+        with torch.no_grad():
+            for place, layer in enumerate(self._layers):
+                moved[:, place] = self._requantise(layer, chosen)
+        report = {}
+        for n, adapter in enumerate(self._adapters):
+            adapter.lost = (adapter.lost.sqrt() + moved[n].sqrt()).square()
+            whole = float(adapter.energy.sum())
+            report[adapter.id] = float(moved[n].sum()) / whole if whole else 0.0
+        after = self.stats()
+        return Quantized(_compressed(before), _compressed(after), report)
+
+    def _requantise(self, layer: Layer, codecs: Mapping[str, Codec]) -> Tensor:
+        """Squared distances [N] that the adapters move."""
+        old_up, old_down = layer.up.unpack(), layer.down.unpack()
+        old = [layer.rows(n, old_up, old_down) for n in range(len(self))]
+        codes = [layer.code(n) for n in range(len(self))]
+        layer.recode(up=codecs["up"], down=codecs["down"])
+        new_up, new_down = layer.up.unpack(), layer.down.unpack()
+        fit_up = _refit(old_up, new_up, layer.width)
+        fit_down = _refit(old_down, new_down, layer.width)
+        for part in ("left", "right", "residual_up", "residual_down"):
+            rows = getattr(layer, part)
+            setattr(layer, part, type(rows).empty(rows.columns, codecs[part]))
+        fitted = []
+        for code in codes:
+            if code.kind == FULL:
+                code = replace(code, right=fit_up.mT @ code.right @ fit_down)
+            elif code.kind in (FACTORED, LOADINGS):
+                code = replace(code, left=code.left @ fit_up, right=code.right @ fit_down)
+            fitted.append(code)
+        layer.fill(fitted)
+        moved = torch.zeros(len(self), dtype=torch.float64)
+        for n, (A, B) in enumerate(old):
+            if len(A):
+                now_A, now_B = layer.rows(n, new_up, new_down)
+                moved[n] = share.distance(A, B, now_A, now_B)
+        return moved
+
+    def measure(self, source: Source, id: str, *, allow_base_mismatch: bool = False) -> Projection:  # noqa: A002
+        """The true error of an adapter, by comparing with the original; kept in ``errors``.
+
+        Args:
+            source: The original.
+            id: Under which id it is held.
+            allow_base_mismatch: Whether it may name another base model.
+        """
+        number = self._number(id)
+        member = self._open(source, id, allow_base_mismatch)
+        adapter = self._adapters[number]
+        if set(member.modules) != {m.module for m in self._layers if m.has(number)}:
+            raise ConfigError(
+                "That is not the adapter that is held under this id: it has other layers.",
+                got=repr(id),
+                key="source",
+            )
+        for place, layer in enumerate(self._layers):
+            if layer.has(number):
+                factors = member.factors(layer.module)
+                A, B = factors.A, factors.B.mT
+                adapter.energy[place] = _square(A, B)
+                adapter.lost[place] = float(share.distance(A, B, *layer.rows(number)))
+        return self._projection(number, self.budget)
+
+    def _adapter_bytes(self, number: int) -> int:
+        total = sum(t.numel() * t.element_size() for t in self._adapters[number].rest.values())
+        for layer in self._layers:
+            for name, column in (
+                ("left", 1),
+                ("right", 2),
+                ("residual_up", 3),
+                ("residual_down", 3),
+            ):
+                rows = getattr(layer, name)
+                one = rows.take(0, 1).nbytes if len(rows) else 0
+                total += one * int(layer.index[number, column])
+        return total
+
+    def stats(self) -> Stats:
+        """Bytes of everything that is held."""
+        sums = {
+            name: sum(getattr(layer, name).nbytes for layer in self._layers)
+            for name in ("up", "down", "left", "right", "residual_up", "residual_down")
+        }
+        rest = sum(t.numel() * t.element_size() for a in self._adapters for t in a.rest.values())
+        index = sum(layer.index.numel() * layer.index.element_size() for layer in self._layers)
+        index += sum(
+            t.numel() * t.element_size() for a in self._adapters for t in (a.energy, a.lost)
+        )
+        codecs = {}
+        if self._layers:
+            like = self._layers[0]
+            codecs = {
+                "basis": like.up.codec,
+                "codes": like.right.codec,
+                "residuals": like.residual_up.codec,
+            }
+        return Stats(
+            adapters=len(self),
+            layers=len(self._layers),
+            basis=sums["up"] + sums["down"],
+            codes=sums["left"] + sums["right"],
+            residuals=sums["residual_up"] + sums["residual_down"],
+            rest=rest,
+            index=index,
+            original=sum(a.nbytes for a in self._adapters),
+            original_rest=rest,
+            disk=self._disk,
+            per_adapter={a.id: self._adapter_bytes(n) for n, a in enumerate(self._adapters)},
+            ranks={layer.module: layer.ranks for layer in self._layers},
+            codecs=codecs,
+        )
+
+    # -- files -------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes it to a directory, as a whole or not at all.
+
+        Raises:
+            AdapterFileError: The directory holds something else, or has been written by
+                another since this was loaded from it; or writing fails.
+        """
+        return store.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SharedSubspace:
+        """Reads it from a directory.
+
+        Raises:
+            AdapterFileError: It is not one, incomplete or damaged.
+        """
+        return store.load(path)
+
+    def validate(self) -> list[str]:
+        """What is wrong with what is held; nothing, normally. For files: ``store.validate``."""
+        return store.problems(self)
+
+
+# Inside ---------------------------------------------------------------------------------------
+
+
+class _Stream:
+    """Adapters one after the other, opened and checked as they come; twice if that is possible.
+
+    Attributes:
+        again: Whether they can be gone through more than once.
+        total: Their number, 0 where it is not known.
+        base: What is known of their base model so far.
+    """
+
+    def __init__(
+        self,
+        sources: Iterable[Source] | Mapping[str, Source],
+        ids: Iterable[str] | None,
+        allow_base_mismatch: bool,
+    ) -> None:
+        if isinstance(sources, Mapping):
+            if ids is not None:
+                raise ConfigError("A mapping brings its own ids.", fix="leave ids out", key="ids")
+            ids, sources = list(sources), list(sources.values())
+        self.again = isinstance(sources, Collection)
+        self._sources: Iterable[Source] = expand(sources) if self.again else sources  # type: ignore[arg-type]
+        self._ids = None if ids is None else iter(ids)
+        self._allow = allow_base_mismatch
+        self._names: list[str] = []
+        self.base = BaseModel()
+        self._seen: dict[str, tuple[tuple[int, int], Member]] = {}
+        self.total = 0
+        if self.again:
+            given = cast("Sequence[Source]", self._sources)
+            self.total = len(given)
+            self._names = list(self._ids) if self._ids is not None else default_ids(given)
+            if len(self._names) != self.total or len(set(self._names)) != self.total:
+                raise ConfigError(
+                    "Ids are not one for each adapter, each of them once.",
+                    expected=f"{self.total} different ids",
+                    got=f"{len(set(self._names))} different ones of {len(self._names)}",
+                    key="ids",
+                )
+        self._first: Member | None = None
+
+    def __iter__(self) -> Iterator[Member]:
+        taken: set[str] = set()
+        for number, source in enumerate(self._sources):
+            if self.again:
+                name = self._names[number]
+            elif self._ids is not None:
+                name = next(self._ids, "")
+            else:
+                name = default_ids([source])[0]
+                if name in taken:
+                    name = f"{name}#{number + 1}"
+            if name in taken:
+                raise ConfigError(
+                    "Two adapters have the same id.",
+                    expected="unique ids",
+                    got=repr(name),
+                    key="ids",
+                )
+            taken.add(name)
+            (member,) = open_members({name: source}, allow_base_mismatch=self._allow)
+            if self._first is None:
+                self._first, self.base = member, member.weights.base
+            else:
+                # Against the first one, and every layer against the one that had it first.
+                check_base([self._first, member], allow_base_mismatch=self._allow)
+            for module, size in member.sizes.items():
+                known, other = self._seen.setdefault(module, (size, member))
+                if known != size:
+                    check_base([other, member], allow_base_mismatch=self._allow)
+            yield member
+
+
+@dataclass
+class _Part:
+    """What a basis holds of one layer of an adapter.
+
+    Attributes:
+        layer: The layer of the subspace, ``None`` if it has none of that name.
+        code: What is held.
+        energy: ‖ΔW‖².
+        lost: ‖ΔW − ΔŴ‖².
+        left_over: ΔW − ΔŴ as rows (A, B).
+    """
+
+    layer: Layer | None
+    code: Code
+    energy: float
+    lost: float
+    left_over: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, own: Layer | None, code: Code, layer: Layer, A: Tensor, B: Tensor) -> _Part:
+        left, right = layer.wide(code)
+        if code.kind == FULL and right.shape[1] < right.shape[0]:
+            left, right = right.mT, torch.eye(right.shape[1])
+        # As it will be stored, rounded.
+        left = (
+            type(layer.left).pack(left, layer.left.codec).unpack()
+            if code.kind == FACTORED
+            else left
+        )
+        right = (
+            type(layer.right).pack(right, layer.right.codec).unpack()
+            if code.kind == FACTORED
+            else right
+        )
+        rows_A = torch.cat((A, right @ layer.down.unpack()))
+        rows_B = torch.cat((B, -(left @ layer.up.unpack())))
+        wide_A, wide_B = rows_A.to(torch.float64), rows_B.to(torch.float64)
+        gone = float(((wide_A @ wide_A.mT) * (wide_B @ wide_B.mT)).sum().clamp_min(0))
+        return cls(own, code, _square(A, B), gone, (rows_A, rows_B))
+
+
+def _keep_residuals(parts: Mapping[str, _Part], allowed: float) -> None:
+    """Gives each layer the residual that brings the whole within the budget for fewest bytes."""
+    energy = sum(p.energy for p in parts.values())
+    gone = sum(p.lost for p in parts.values())
+    if gone <= allowed * energy:
+        return
+    spectra = {}
+    gains: list[tuple[float, float, str]] = []
+    for module, part in parts.items():
+        A, B = part.left_over
+        spectrum = Product(B.mT.to(torch.float64), A.to(torch.float64)).spectrum()
+        spectra[module] = spectrum
+        cost = A.shape[1] + B.shape[1]
+        gains += [
+            (float(s) ** 2 / cost, float(s) ** 2, module) for s in spectrum.S[: spectrum.useful]
+        ]
+    gains.sort(reverse=True)
+    ranks: dict[str, int] = {}
+    for _, gain, module in gains:
+        if gone <= allowed * energy:
+            break
+        ranks[module] = ranks.get(module, 0) + 1
+        gone -= gain
+    for module, k in ranks.items():
+        part, spectrum = parts[module], spectra[module]
+        made = spectrum.factors(k, 1.0)
+        part.code = replace(
+            part.code, residual_up=made["B"].mT.contiguous(), residual_down=made["A"]
+        )
+        part.lost = float(spectrum.S[k:].square().sum())
+
+
+@dataclass
+class _Turned:
+    """A layer whose basis is being extended."""
+
+    state: incremental.Turned
+    sizes: list[int]
+
+    def options(
+        self, sizes: tuple[int, int], allowed: float, most: int | None
+    ) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+        """(losses [N, options], bytes [options], (R_u, R_d) of each)."""
+        Ru, Rd = self.state.up.shape[0], self.state.down.shape[0]
+        if not Ru or not Rd:
+            none = torch.zeros(len(self.sizes), 1, dtype=torch.float64)
+            return none, none[0], [(Ru, Rd)]
+        if allowed or most:
+            pairs = joint_pairs(Ru, Rd, Target(error=allowed, components=most))
+        else:
+            pairs = [(Ru, Rd)]
+        left, right = self.padded()
+        energy = ((left @ left.mT) * (right @ right.mT)).sum((-2, -1))
+        ups, downs = sorted({a for a, _ in pairs}), sorted({b for _, b in pairs})
+        table = lost(left[None], right[None], energy[None], ups, downs)[0]
+        flat = table[:, [ups.index(a) for a, _ in pairs], [downs.index(b) for _, b in pairs]]
+        own = torch.tensor(self.sizes, dtype=torch.float64)
+        return flat, pair_costs(pairs, own, sizes), pairs
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Cores [N, r, R] filled up with rows of zeros."""
+        r = max(1, *self.sizes) if self.sizes else 1
+        found = []
+        for rows in (self.state.left, self.state.right):
+            wide, start = rows.new_zeros(len(self.sizes), r, rows.shape[1]), 0
+            for n, size in enumerate(self.sizes):
+                wide[n, :size] = rows[start : start + size]
+                start += size
+            found.append(wide)
+        return found[0], found[1]
+
+    def layer(self, old: Layer, a: int, b: int, count: int) -> Layer:
+        """The layer anew, its basis cut to (a, b), in the codecs of the old one."""
+        up, down = self.state.up[:a].float(), self.state.down[:b].float()
+        made = Layer.new(old.module, up, down, len(self.sizes))
+        for name in ("up", "down", "left", "right", "residual_up", "residual_down"):
+            rows = getattr(made, name)
+            setattr(made, name, type(rows).pack(rows.unpack(), getattr(old, name).codec))
+        codes, start = [], 0
+        for n, size in enumerate(self.sizes):
+            if not size and not (n < count and old.has(n)):
+                codes.append(absent(made.sizes, (a, b)))
+                continue
+            left = self.state.left[start : start + size, :a]
+            right = self.state.right[start : start + size, :b]
+            start += size
+            if left.shape[0] > min(a, b):
+                right, left = _compact(left, right)
+            right, left = share.balance(right, left)
+            code = coded(left.float(), right.float(), made.sizes)
+            if n < count:
+                was = old.code(n)
+                code = replace(code, residual_up=was.residual_up, residual_down=was.residual_down)
+            codes.append(code)
+        _refill(made, codes)
+        return made
+
+
+def _compact(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """(right, left) of no more rows than the core has columns."""
+    if left.shape[1] <= right.shape[1]:
+        return left.mT @ right, torch.eye(left.shape[1], dtype=left.dtype)
+    return torch.eye(right.shape[1], dtype=left.dtype), right.mT @ left
+
+
+def _refill(layer: Layer, codes: Sequence[Code]) -> None:
+    """Codes whose rows may have another length than before, in the codecs there are."""
+    for name in ("left", "right"):
+        rows = getattr(layer, name)
+        columns = (len(layer.up) if name == "left" else len(layer.down)) // layer.width
+        setattr(layer, name, type(rows).empty(columns, rows.codec))
+    layer.fill(codes)
+
+
+def _orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(Q [k, d] with orthonormal rows, T [R, k]) with rows = T Q, float64."""
+    wide = rows.to(torch.float64)
+    if not len(wide):
+        return wide, wide.new_zeros(0, 0)
+    Q, R = torch.linalg.qr(wide.mT)
+    return Q.mT, R.mT
+
+
+def _coordinates(rows: Tensor, basis: Tensor) -> Tensor:
+    """Least-squares coordinates [n, R] of rows [n, d] in a basis [R, d], float32."""
+    wide, against = rows.to(torch.float64), basis.to(torch.float64)
+    G = against @ against.mT
+    products = wide @ against.mT
+    L, failed = torch.linalg.cholesky_ex(G)
+    if int(failed):
+        found = products @ torch.linalg.pinv(G, hermitian=True)
+    else:
+        found = torch.cholesky_solve(products.mT, L).mT
+    return found.to(torch.float32)
+
+
+def _refit(old: Tensor, new: Tensor, width: int) -> Tensor:
+    """T [R, R] such that (c T) new is nearest to c old for every row c of coordinates."""
+    if not len(old):
+        return torch.zeros(0, 0)
+    n = len(old) // width
+    return _coordinates(old.reshape(n, -1), new.reshape(n, -1))
+
+
+def _cut(factors: LayerFactors, most: int) -> LayerFactors:
+    """Factors of at most that rank, the nearest ones."""
+    d_out, d_in = factors.B.shape[0], factors.A.shape[1]
+    if 0 < factors.rank <= most:
+        return factors
+    if not factors.rank:
+        return LayerFactors(torch.zeros(1, d_in), torch.zeros(d_out, 1))
+    spectrum = Product(factors.B.to(torch.float64), factors.A.to(torch.float64)).spectrum()
+    made = spectrum.factors(max(1, min(most, spectrum.useful)), 1.0)
+    return LayerFactors(made["A"], made["B"])
+
+
+def _square(A: Tensor, B: Tensor) -> float:
+    """‖B A‖² of rows A [k, d_in] and B [k, d_out]."""
+    wide_A, wide_B = A.to(torch.float64), B.to(torch.float64)
+    return max(0.0, float(((wide_A @ wide_A.mT) * (wide_B @ wide_B.mT)).sum()))
+
+
+def _share_side(
+    basis: Tensor, loadings: Sequence[Tensor], rows: Sequence[Tensor], sizes: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [D], components [K, D] and loadings [n, K + 1] of old and new rows together."""
+    wide = torch.float64
+    flat = basis.to(wide)
+    axes, turned = incremental.append(flat[:0], flat)  # an orthonormal basis of all components
+    old = torch.cat([flat.new_zeros(0, flat.shape[0]), *(x.to(wide) for x in loadings)]) @ turned
+    if rows:
+        axes, new = incremental.append(axes, torch.stack(list(rows)))
+        points = torch.cat((incremental.widen(old, axes.shape[0]), new))
+    else:
+        points = old
+    known = torch.cat((points.new_zeros(len(points), 1), points), 1)
+    mean, components, found, _ = incremental.share_rotate(
+        axes.new_zeros(axes.shape[1]), axes, known, sizes
+    )
+    return mean, components, found
+
+
+def _share_rows(
+    mean_A: Tensor,
+    mean_B: Tensor,
+    axes_A: Tensor,
+    axes_B: Tensor,
+    load_A: Tensor,
+    load_B: Tensor,
+    k: int,
+    r: int,
+) -> tuple[Tensor, Tensor]:
+    """Factors [1, n, r, d_in], [1, n, r, d_out] with k components."""
+    A = load_A[:, :1] * mean_A + load_A[:, 1 : k + 1] @ axes_A[:k]
+    B = load_B[:, :1] * mean_B + load_B[:, 1 : k + 1] @ axes_B[:k]
+    n = len(load_A)
+    return A.view(1, n, r, -1), B.view(1, n, r, -1)
+
+
+def _share_rebuilt(
+    old: Layer,
+    mean_A: Tensor,
+    mean_B: Tensor,
+    axes_A: Tensor,
+    axes_B: Tensor,
+    load_A: Tensor,
+    load_B: Tensor,
+    who: Sequence[int],
+    count: int,
+) -> Layer:
+    r = old.width
+    d_out, d_in = old.sizes
+    down = torch.cat((mean_A[None], axes_A)).float().view(-1, d_in)
+    up = torch.cat((mean_B[None], axes_B)).float().view(-1, d_out)
+    made = Layer.new(old.module, up, down, count, r)
+    made.recode(
+        **{
+            n: getattr(old, n).codec
+            for n in ("up", "down", "left", "right", "residual_up", "residual_down")
+        }
+    )
+    codes = [absent(made.sizes, (len(axes_B) + 1, len(axes_A) + 1)) for _ in range(count)]
+    had = len(old.index)
+    for i, n in enumerate(who):
+        none = torch.zeros(0, d_out), torch.zeros(0, d_in)
+        if n < had:
+            was = old.code(n)
+            none = was.residual_up, was.residual_down
+        codes[n] = Code(LOADINGS, load_B[i : i + 1].float(), load_A[i : i + 1].float(), *none)
+    _refill(made, codes)
+    return made
+
+
+def _ratios(modules: Iterable[str], lost: Tensor, energy: Tensor) -> dict[str, float]:
+    found = {}
+    for module, gone, whole in zip(modules, lost.tolist(), energy.tolist(), strict=True):
+        if whole:
+            found[module] = gone / whole
+    return found
+
+
+def _compressed(stats: Stats) -> int:
+    return stats.basis + stats.codes + stats.residuals
+
+
+def _base(members: Sequence[Member]) -> BaseModel:
+    """The base with the most known of it."""
+    bases = [m.weights.base for m in members]
+    known = [b for b in bases if b.fingerprint is not None] or [b for b in bases if b.name] or bases
+    return known[0]
+
+
+def _sizes(members: Sequence[Member]) -> dict[str, tuple[int, int]]:
+    """Module name → (d_in, d_out), in the order of the layers."""
+    found: dict[str, tuple[int, int]] = {}
+    for member in members:
+        for module, (d_in, d_out) in member.sizes.items():
+            if module in found:
+                continue
+            if not d_in or not d_out:
+                factors = member.factors(module)
+                d_in, d_out = factors.A.shape[1], factors.B.shape[0]
+            found[module] = (d_in, d_out)
+    return found
+
+
+def _target(
+    error: float | None, variance: float | None, components: int | None, per_layer: bool
+) -> Target:
+    given = [
+        k
+        for k, v in (("error", error), ("variance", variance), ("components", components))
+        if v is not None
+    ]
+    if len(given) > 1:
+        raise ConfigError(
+            "These exclude each other.", expected="one of them", got=", ".join(given), key=given[1]
+        )
+    if components is not None and (type(components) is not int or components < 1):
+        raise ConfigError(
+            "components is not usable.",
+            expected="an integer of at least 1",
+            got=repr(components),
+            key="components",
+        )
+    if variance is not None:
+        _share("variance", variance)
+    if not given:
+        error = DEFAULT_ERROR
+    if error is not None:
+        _share("error", error)
+    return Target(error, variance, components, per_layer)
+
+
+def _share(name: str, value: float) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
+        return float(value)
+    raise ConfigError(f"{name} is not a share.", expected="0 to 1", got=repr(value), key=name)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(
+            f"{name} is not usable.",
+            expected=", ".join(map(repr, choices)),
+            got=repr(value),
+            key=name,
+        )
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, BudgetWarning, stacklevel=3)
+
+
+def _beyond(found: Projection) -> str:
+    return (
+        f"The subspace holds the adapter {found.id!r} with an error of {found.error:.3g} of its "
+        f"squared change of the weights, above the budget of {found.budget:.3g}."
+    )

@@ -1,0 +1,218 @@
+"""The mathematics of both bases, against dense matrices in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lorasmith.fleet import incremental, joint, share
+from lorasmith.fleet.streaming import merge
+
+L, N, R, D_IN, D_OUT = 2, 5, 4, 40, 24
+
+
+@pytest.fixture
+def stack() -> tuple[Tensor, Tensor, Tensor]:
+    """A, the columns of B as rows, ΔW dense in float64; ranks 4 and one of 2, one layer absent."""
+    A, B = torch.randn(L, N, R, D_IN), torch.randn(L, N, R, D_OUT)
+    A[:, 1, 2:] = B[:, 1, 2:] = 0
+    A[1, 3] = B[1, 3] = 0
+    return A, B, B.mT.double() @ A.double()
+
+
+def _span(rows: Tensor) -> Tensor:
+    return rows.mT.double() @ rows.double()
+
+
+def test_root_of_a_singular_matrix() -> None:
+    X = torch.randn(3, 5, 2, dtype=torch.float64)
+    G = torch.cat((X @ X.mT, torch.zeros(1, 5, 5, dtype=torch.float64)))
+    T = joint.root(G)
+    torch.testing.assert_close(T @ T.mT, G, rtol=0, atol=1e-10)
+
+
+def test_basis_is_that_of_the_dense_scatter(stack: tuple[Tensor, Tensor, Tensor]) -> None:
+    A, B, D = stack
+    up, down = joint.basis(A, B)
+    for rows, G in ((up, (D @ D.mT).sum(1)), (down, (D.mT @ D).sum(1))):
+        vectors = torch.linalg.eigh(G)[1]
+        for k in (1, 3, 8):
+            wanted = vectors[..., -k:] @ vectors[..., -k:].mT
+            torch.testing.assert_close(_span(rows[:, :k]), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(300, 90), (90, 300)])
+def test_leading_by_block_iteration(shape: tuple[int, int]) -> None:
+    """A few of many directions come from another algorithm; the energy that they hold agrees."""
+    n, d = shape
+    X = torch.randn(1, n, d, dtype=torch.float64) * torch.logspace(0, -3, d, dtype=torch.float64)
+    rows = joint._leading(X, 6)
+    assert rows.shape == (1, 6, d)
+    torch.testing.assert_close(rows @ rows.mT, torch.eye(6, dtype=torch.float64)[None])
+    best = torch.linalg.svdvals(X)[0, :6].square().sum()
+    assert float((X @ rows.mT).square().sum() / best) > 0.999
+
+
+def test_lost_energy_is_that_of_the_dense_difference(stack: tuple[Tensor, Tensor, Tensor]) -> None:
+    A, B, D = stack
+    up, down = joint.basis(A, B)
+    left, right = joint.project(up, down, A, B)
+    sizes = [1, 4, 9]
+    table = joint.lost(left, right, joint.norms(A, B), sizes, sizes)
+    for (i, a), (j, b) in itertools.product(enumerate(sizes), enumerate(sizes)):
+        U, V = up[:, None, :a].mT.double(), down[:, None, :b].double()
+        held = U @ (U.mT @ D @ V.mT) @ V
+        wanted = (D - held).square().sum((2, 3))
+        torch.testing.assert_close(table[..., i, j], wanted, rtol=1e-5, atol=2e-3)
+
+
+def test_a_sweep_never_loses(stack: tuple[Tensor, Tensor, Tensor]) -> None:
+    A, B, _ = stack
+    up, down = (rows[:, :3] for rows in joint.basis(A, B))
+    energy, before = joint.norms(A, B), None
+    for _ in range(4):
+        left, right = joint.project(up, down, A, B)
+        gone = joint.lost(left, right, energy, [3], [3]).sum((1, 2, 3))
+        assert before is None or bool((gone <= before * (1 + 1e-6)).all())
+        before = gone
+        up, down = joint.sweep(up, down, A, B)
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 10_000), layers=st.integers(1, 3), adapters=st.integers(1, 4))
+def test_choice_meets_every_budget(seed: int, layers: int, adapters: int) -> None:
+    """And is never dearer than the best choice by more than a fifth."""
+    g = torch.Generator().manual_seed(seed)
+    options = 6
+    losses = [
+        torch.rand(adapters, options, generator=g, dtype=torch.float64).sort(1, descending=True)[0]
+        for _ in range(layers)
+    ]
+    for loss in losses:
+        loss[:, -1] = 0
+    costs = [torch.arange(1.0, options + 1, dtype=torch.float64) for _ in range(layers)]
+    budget = torch.full((adapters,), 0.3 * layers, dtype=torch.float64)
+    chosen = joint.choose(losses, costs, budget)
+    used = sum(loss[:, c] for loss, c in zip(losses, chosen, strict=True))
+    assert bool((used <= budget + 1e-12).all())
+    price = sum(float(cost[c]) for cost, c in zip(costs, chosen, strict=True))
+    best = min(
+        sum(float(cost[c]) for cost, c in zip(costs, picked, strict=True))
+        for picked in itertools.product(range(options), repeat=layers)
+        if bool((sum(l[:, c] for l, c in zip(losses, picked, strict=True)) <= budget).all())  # noqa: E741
+    )
+    assert price <= 1.35 * best
+
+
+def test_balanced_gauge(stack: tuple[Tensor, Tensor, Tensor]) -> None:
+    A, B, D = stack
+    new_A, new_B = share.balance(A, B)
+    torch.testing.assert_close(new_B.mT.double() @ new_A.double(), D, rtol=0, atol=1e-4)
+    G = new_A @ new_A.mT
+    torch.testing.assert_close(G, new_B @ new_B.mT, rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        G.diagonal(dim1=-2, dim2=-1),
+        torch.linalg.svdvals(D)[..., :R].float(),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_alignment_undoes_another_gauge(stack: tuple[Tensor, Tensor, Tensor]) -> None:
+    """One adapter in N gauges becomes N times the same factors."""
+    A, B, _ = stack
+    A, B = A[:, :1].expand(-1, N, -1, -1), B[:, :1].expand(-1, N, -1, -1)
+    T = torch.randn(L, N, R, R) + 3 * torch.eye(R)
+    A, B = T @ A, torch.linalg.inv(T).mT @ B
+    A, B = share.align(*share.balance(A, B))
+    for rows in (A, B):
+        torch.testing.assert_close(rows, rows[:, :1].expand_as(rows), rtol=0, atol=1e-3)
+
+
+def test_components_are_the_svd_of_centred_rows() -> None:
+    X = torch.randn(1, 6, 30)
+    X[0, 4] = 0
+    present = torch.tensor([[True] * 4 + [False, True]])
+    mean, rows, loadings, variance = share.components(X, present)
+    held = X[0, present[0]].double()
+    _, S, Vh = torch.linalg.svd(held - held.mean(0), full_matrices=False)
+    torch.testing.assert_close(variance[0, :4].sqrt(), S[:4], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(_span(rows[0, :2]), Vh[:2].mT @ Vh[:2], rtol=0, atol=1e-5)
+    again = (mean[:, None] + loadings @ rows)[0, present[0]]
+    torch.testing.assert_close(again, X[0, present[0]])
+    assert not loadings[0, 4].any()
+
+
+def test_distance_is_dense(stack: tuple[Tensor, Tensor, Tensor]) -> None:
+    A, B, D = stack
+    C = torch.randn_like(A)
+    wanted = (D - B.mT.double() @ C.double()).square().sum((2, 3))
+    torch.testing.assert_close(share.distance(A, B, C, B), wanted, rtol=1e-5, atol=1e-3)
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 10_000), count=st.integers(2, 5), first=st.integers(1, 4))
+def test_joint_in_steps_is_joint_at_once(seed: int, count: int, first: int) -> None:
+    """Same spaces, and every adapter still exact, as long as nothing is cut."""
+    g = torch.Generator().manual_seed(seed)
+    ranks = [1 + (seed + i) % 3 for i in range(count)]
+    A = [torch.randn(r, 18, generator=g, dtype=torch.float64) for r in ranks]
+    B = [torch.randn(r, 20, generator=g, dtype=torch.float64) for r in ranks]
+    none = torch.zeros(0, 0, dtype=torch.float64)
+    state = incremental.Turned(A[0].new_zeros(0, 20), A[0].new_zeros(0, 18), none, none)
+    first = min(first, count)
+    weights = torch.rand(count, generator=g, dtype=torch.float64) + 0.5
+    for start, stop in ((0, first), (first, count)):
+        if start == stop:
+            continue
+        state = incremental.extend(state, torch.cat(A[start:stop]), torch.cat(B[start:stop]))
+        state, values, _ = incremental.rotate(state, ranks[:stop], weights[:stop])
+    D = torch.stack([b.mT @ a for a, b in zip(A, B, strict=True)])
+    place = 0
+    for i, r in enumerate(ranks):
+        core = state.left[place : place + r].mT @ state.right[place : place + r]
+        torch.testing.assert_close(state.up.mT @ core @ state.down, D[i], rtol=0, atol=1e-8)
+        place += r
+    G = (weights[:, None, None] * (D @ D.mT)).sum(0)
+    wanted, vectors = torch.linalg.eigh(G)
+    torch.testing.assert_close(values, wanted.flip(0)[: len(values)], rtol=1e-8, atol=1e-7)
+    gap = wanted.flip(0)
+    if len(gap) > 2 and gap[1] - gap[2] > 1e-3 * gap[0]:
+        torch.testing.assert_close(
+            _span(state.up[:2]), vectors[:, -2:] @ vectors[:, -2:].mT, rtol=0, atol=1e-5
+        )
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 10_000), old=st.integers(1, 4), new=st.integers(1, 3))
+def test_components_in_steps_are_those_at_once(seed: int, old: int, new: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    X = torch.randn(old + new, 25, generator=g, dtype=torch.float64)
+    axes, coordinates = incremental.append(X[:0], X[:old])
+    axes, more = incremental.append(axes, X[old:])
+    points = torch.cat((incremental.widen(coordinates, len(axes)), more))
+    known = torch.cat((torch.zeros(len(X), 1, dtype=torch.float64), points), 1)
+    mean, rows, loadings, values = incremental.share_rotate(
+        X.new_zeros(25), axes, known, torch.ones(len(X), dtype=torch.float64)
+    )
+    torch.testing.assert_close(mean, X.mean(0))
+    torch.testing.assert_close(loadings[:, :1] * mean + loadings[:, 1:] @ rows, X)
+    S = torch.linalg.svdvals(X - X.mean(0))
+    torch.testing.assert_close(values.sqrt(), S[: len(values)], rtol=1e-7, atol=1e-8)
+
+
+def test_merging_scatter_in_blocks() -> None:
+    X = torch.randn(30, 12, dtype=torch.float64) * torch.logspace(0, -3, 12, dtype=torch.float64)
+    basis, values = X[:0], X.new_zeros(0)
+    for block in X.split(7):
+        basis, values, _ = merge(basis, values, block, 12)
+    wanted = torch.linalg.eigvalsh(X.mT @ X).flip(0)
+    torch.testing.assert_close(values, wanted, rtol=1e-8, atol=1e-12)
+    basis, values, turn = merge(basis, values, X[:2], 3)
+    assert basis.shape == (3, 12)
+    assert turn.shape == (12, 3)
