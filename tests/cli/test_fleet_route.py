@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +45,25 @@ def parts(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def _json(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
-    capsys.readouterr()
+@pytest.fixture(autouse=True)
+def _real_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    # JSON goes to the program's real stdout.
+    monkeypatch.setattr(sys, "__stdout__", sys.stdout)
+
+
+def _json(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    capfd.readouterr()
     code = main([*arguments, "--json"])
-    return code, json.loads(capsys.readouterr().out)
+    return code, json.loads(capfd.readouterr().out)
 
 
 def test_trains_measures_keeps_and_routes(
-    parts: dict[str, str], capsys: pytest.CaptureFixture[str]
+    parts: dict[str, str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     common = ("fleet", "route", parts["fleet"], "--model", parts["base"], "--device", "cpu")
     prompts = ("--prompt", "3 + 4 = 7", "--prompt", "uvuv")
     code, trained = _json(
-        capsys,
+        capfd,
         *common,
         "--examples",
         f"sums={parts['sums.jsonl']}",
@@ -73,7 +80,7 @@ def test_trains_measures_keeps_and_routes(
     assert [t["task"] for t in report["tasks"]] == ["sums", "letters"]
     assert sum(map(sum, report["confusion"])) == 8
 
-    code, asked = _json(capsys, *common, "--router", parts["router"], *prompts, "--most", "2")
+    code, asked = _json(capfd, *common, "--router", parts["router"], *prompts, "--most", "2")
     assert code == 0, asked
     assert asked["report"] == report
     assert [p["task"] for p in asked["prompts"]] == [p["task"] for p in trained["prompts"]]
@@ -87,7 +94,7 @@ def test_trains_measures_keeps_and_routes(
         assert got["weights"] == pytest.approx(expected.weights, abs=1e-6)
 
     assert main([*common, "--router", parts["router"], *prompts]) == 0
-    assert "uvuv" in capsys.readouterr().out
+    assert "uvuv" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -101,10 +108,10 @@ def test_trains_measures_keeps_and_routes(
     ],
 )
 def test_what_makes_no_sense_is_an_error(
-    parts: dict[str, str], capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+    parts: dict[str, str], capfd: pytest.CaptureFixture[str], arguments: tuple[str, ...]
 ) -> None:
     code, payload = _json(
-        capsys, "fleet", "route", parts["fleet"], "--model", parts["base"], *arguments
+        capfd, "fleet", "route", parts["fleet"], "--model", parts["base"], *arguments
     )
     assert code != 0
     assert payload["error"]

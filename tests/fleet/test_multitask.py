@@ -554,7 +554,9 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     MultiTaskModel(llama(seed=1), fleet, allow_base_mismatch=True)
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`"
+)
 def test_embedding_adapters_are_refused_with_the_reason(tmp_path: Path) -> None:
     paths = _write(tmp_path, "llama", {"e": {"r": 2, "target_modules": ["q_proj", "embed_tokens"]}})
     fleet = SharedSubspace.from_adapters(paths)
