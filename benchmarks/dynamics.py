@@ -35,7 +35,7 @@ import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,8 @@ class Run:
             c if c.isascii() and (c.isalnum() or c in ".-") else "-" for c in self.arm.name
         )
         parts = [name, self.arm.optimizer, self.scenario, f"lr{self.lr:g}", f"s{self.seed}"]
-        return "-".join([*parts, digest(self)])
+        alone = replace(self, arm=replace(self.arm, rates=()))  # the grid is not of the run
+        return "-".join([*parts, digest(alone)])
 
 
 # Training -------------------------------------------------------------------------------
@@ -525,7 +526,7 @@ class Part(ABC):
 # a. Gauge projection --------------------------------------------------------------------
 
 _ADAMW = (4e-4, 1.6e-3, 6.4e-3)
-_SGD = (0.01, 0.04, 0.16)
+_SGD = (0.0025, 0.01, 0.04, 0.16)
 _ENCODER = (2.5e-4, 1e-3, 4e-3)
 #: Validation loss to be reached, in nats a token; the base model starts at about 1.6.
 TARGET = 0.5
@@ -537,7 +538,7 @@ class Gauge(Part):
     name = "a"
     arms = tuple(
         Arm(name, rules, rates, optimizer)
-        for optimizer, rates in (("adamw", _ADAMW), ("sgd", _SGD))
+        for optimizer, rates in (("adamw", (1e-4, *_ADAMW)), ("sgd", _SGD))
         for name, rules in (
             ("LoRA", {}),
             ("gauge (moments kept)", {"gauge": {"mu": "auto", "moments": "keep"}}),
@@ -566,6 +567,17 @@ class Gauge(Part):
         record["diverged"] = record["diverged"] or end is None or end > start
         record["valid_loss"] = None if record["diverged"] else end
         return record
+
+    def rate(self, arm: Arm, results: Results, scenario: str = "train") -> float | None:
+        """The rate with the fewest steps in the mean over the seeds, then the least last loss."""
+        found = {}
+        for lr in self.rates(arm):
+            runs = self.complete(arm, lr, results, scenario)
+            if runs is not None:
+                means = (statistics.fmean(v) for v in (self._steps(runs), self._final(runs)))
+                found[lr] = tuple(means)
+        finite = {lr: value for lr, value in found.items() if math.isfinite(value[1])}
+        return min(finite, key=lambda lr: finite[lr], default=None)
 
     def _steps(self, runs: Sequence[Record]) -> list[float]:
         """Steps to the target, at most all."""
@@ -630,7 +642,14 @@ class Gauge(Part):
             name = "AdamW" if optimizer == "adamw" else "SGD with momentum 0.9"
             head = [f"{name}: steps to {TARGET:g}", *(f"lr {lr:g}" for lr in self.rates(arms[0]))]
             parts.append(markdown(head, rows))
-            head = ["at each arm's best rate", "rate", "steps", "− LoRA's", "last loss", "− LoRA's"]
+            head = [
+                "at the rate with the fewest steps",
+                "rate",
+                "steps",
+                "− LoRA's",
+                "last loss",
+                "− LoRA's",
+            ]
             parts.append(markdown(head, best))
         parts.append(verdict("Steps to the target against LoRA at the same rate", differences))
         return "\n\n".join([*parts, self.failures(results)]).strip()
@@ -1413,7 +1432,8 @@ class Paraphrase(Part):
     name = "d"
     shown = ("valid_loss", "accuracy", "f1")
     arms = tuple(
-        Arm(name, rules, _ENCODER, schedule="linear")
+        # Balanced factors move B A further at the same rate.
+        Arm(name, rules, (6.25e-5, *_ENCODER) if "gauge" in rules else _ENCODER, schedule="linear")
         for name, rules in (
             ("LoRA", {}),
             ("gauge (transported)", {"gauge": {}}),

@@ -130,7 +130,7 @@ def write_adapters(folder: Path, count: int, layers: int, size: int, rank: int) 
 
 def factors_of(path: Path, module: str) -> tuple[Tensor, Tensor]:
     """A and B of one layer as they are in the file."""
-    with safe_open(path / "adapter_model.safetensors", "pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(path / "adapter_model.safetensors", "pt") as file:
         key = f"base_model.model.{module}"
         A, B = (file.get_tensor(f"{key}.lora_{side}.weight") for side in "AB")
     return A, B
@@ -345,7 +345,7 @@ def merged(job: Job) -> Record:
         from lorasmith.fleet.merge import merge
 
         merge(paths[:2], "svd", rank=rank)
-        timed(phases, "merge", lambda: read(merge(paths, "svd", rank=rank).adapter))
+        timed(phases, "merge", lambda: read(merge(paths, "svd", rank=rank).weights))
         return {"phases": phases}
     chosen = job["modules"][: max(1, len(job["modules"]) // 6)]
 
@@ -404,13 +404,14 @@ def decoded(job: Job, folder: Path) -> Record:
             ls.save(mine, path, name=name)
         x = torch.randn(count, 1, 576)
         calls = contestants(base, mine, theirs(base, count, rank, targets), x, [*names(count)])
-        for what, wanted in (
-            (f"fleet, {job['directions']} directions", {"components": job["directions"]}),
-            ("fleet, nothing lost", {"error": 0.0}),
-        ):
+        settings: dict[str, Record] = {
+            f"fleet, {job['directions']} directions": {"components": job["directions"]},
+            "fleet, nothing lost": {"error": 0.0},
+        }
+        for what, wanted in settings.items():
             torch.manual_seed(0)
             own: Any = (layer() if kind == "layer" else stack(job["blocks"])).eval()
-            fleet = ls.SharedSubspace.from_adapters(paths, **wanted)  # type: ignore[arg-type]
+            fleet = ls.SharedSubspace.from_adapters(paths, **wanted)
             served = ls.MultiTaskModel(own.requires_grad_(False), fleet, allow_base_mismatch=True)
             served.use(list(paths))
             if kind == "layer":
@@ -437,8 +438,9 @@ def vlora_decoded(job: Job) -> Record:
         vocab_size=64,
         use_cache=False,
     )
-    base: Any = LlamaModel(config).requires_grad_(False).eval()
-    paths = sorted(str(p) for p in (Path(job["folder"]) / "stack").iterdir())
+    base: Any = LlamaModel(config).requires_grad_(False).eval()  # type: ignore[no-untyped-call]
+    found = (Path(job["folder"]) / "stack").glob("*/adapter_config.json")
+    paths = sorted(str(p.parent) for p in found)
     names = [f"t{n}" for n in range(len(paths))]
     fleet = vlora.SharedSubspace.from_adapters(
         [vlora.load_adapter(p) for p in paths], names, num_components=max(1, len(paths) - 1)
@@ -594,9 +596,7 @@ def part_build(base: Job, options: argparse.Namespace) -> tuple[str, Any]:
         if count < STREAM:
             whos.append("share, as stored")
         if options.vlora_python:
-            whos.append("vlora")
-            if count > min(options.sizes):
-                whos.append("vlora streaming")
+            whos += ["vlora", "vlora streaming"]
         sample = sorted({0, count // 2, count - 1})
         job = {**base, "part": "build", "count": count, "sample": sample}
         runs = turns(job, whos, rounds_of(count, options.rounds), options)
@@ -704,13 +704,13 @@ def part_decode(base: Job, options: argparse.Namespace, folder: Path) -> tuple[s
                 rows.append([name, spread([1e3 * t for t in each], 3), f"{ratio:.2f}", ""])
         what = "One layer 576²" if kind == "layer" else f"{options.blocks} blocks"
         texts.append(what + "\n\n" + markdown(["", "ms", "÷ base", "÷ PEFT"], rows))
-        said = []
-        for who in times:
-            if who in ("base", "PEFT"):
-                continue
-            each = zip(times[who], times["PEFT"], strict=True)
-            said.append(judged(f"{who} ÷ PEFT", statistics.median(a / b for a, b in each), 1 / 3))
-        texts.append("; ".join(said) + ".")
+        if kind == "layer":
+            said = []
+            for who in [who for who in times if who not in ("base", "PEFT")]:
+                each = zip(times[who], times["PEFT"], strict=True)
+                ratio = statistics.median(a / b for a, b in each)
+                said.append(judged(f"{who} ÷ PEFT", ratio, 1 / 3))
+            texts.append("; ".join(said) + ".")
     return "\n\n".join(texts), record
 
 

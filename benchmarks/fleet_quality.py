@@ -44,7 +44,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dynamics import dress, look, machine, panels, save
+from dynamics import dress, logarithmic, look, machine, panels, save
 from experiments import Results, digest, markdown, perform, prepare, write_report
 from fleet_adapters import batches, mean_loss
 
@@ -363,7 +363,7 @@ def merging(run: Run, folders: Folders) -> Record:
     start = time.perf_counter()
     given = {k: v for k, v in run.options.items() if k != "weight"}
     weights = [weight] * len(paths)
-    made = ls.merge(paths, run.method, weights=weights, **given)  # type: ignore[arg-type]
+    made = ls.merge(paths, run.method, weights=weights, **given)
     taken = time.perf_counter() - start
     scores = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -486,10 +486,11 @@ class Plan:
             ) -> Run:
                 return Run("curve", "adapters", members, judged, method, options, codecs, self.size)
 
-            budgets = (0.2,) if self.quick else (0.05, 0.1, 0.2, 0.3, 0.45, 0.6)
-            found += [run("joint", ("4",), error=e) for e in budgets]
-            budgets = (0.3,) if self.quick else (0.1, 0.3, 0.6)
-            found += [run("share", ("4",), error=e) for e in budgets]
+            few = 1 if self.quick else None
+            joint: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6)
+            share: tuple[float, ...] = (0.1, 0.3, 0.6)
+            found += [run("joint", ("4",), error=e) for e in joint[:few]]
+            found += [run("share", ("4",), error=e) for e in share[:few]]
             if count == self.counts[0]:  # it is the same for any number
                 found.append(run("plain", ("4",) if self.quick else ("8", "4", "nf4", "3")))
         return found
@@ -829,17 +830,19 @@ def draw(plan: Plan, results: Results, part: str, path: Path) -> bool:
         grid[0][1].axhline(100 * KEPT, color="0.6", lw=0.8)
         for axes in grid[0]:
             axes.set_xscale("log")
+            logarithmic(axes.xaxis)
     else:
         plot, grid = panels(1, 1, 6, 4)
         for number, method in enumerate(("plain", "joint", "share")):
             kept = [(n, frontier(found, method, n)) for n in plan.counts]
             there = [(n, value) for n, value in kept if value]
             if there:
-                x, y = zip(*there, strict=True)
-                grid[0][0].plot(x, y, label=method, ms=5, **look(number))
+                counts, ratios = zip(*there, strict=True)
+                grid[0][0].plot(counts, ratios, label=method, ms=5, **look(number))
         title = f"bytes with at least {KEPT:.0%} of the gain"
         dress(grid[0][0], "adapters", "bf16 bytes ÷ bytes", title)
         grid[0][0].set_xscale("log", base=2)
+        grid[0][0].set_xticks(plan.counts, [f"{n:,}" for n in plan.counts])
         grid[0][0].legend(fontsize=8, frameon=False)
     save(plot, path)
     return True

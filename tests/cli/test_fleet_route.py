@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +42,6 @@ def parts(tmp_path: Path) -> dict[str, str]:
     return {
         n: str(tmp_path / n) for n in ("base", "fleet", "sums.jsonl", "letters.jsonl", "router")
     }
-
-
-@pytest.fixture(autouse=True)
-def _real_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
-    # JSON goes to the program's real stdout.
-    monkeypatch.setattr(sys, "__stdout__", sys.stdout)
 
 
 def _json(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 #: Name → module that defines it; loaded on first use (PEP 562).
 _EXPORTS = {
+    "SharedSubspace": "lorasmith.fleet.subspace",
+    "BudgetWarning": "lorasmith.fleet.records",
     "SubspaceTrainer": "lorasmith.fleet.trainable",
     "similarity": "lorasmith.fleet.similarity",
     "redundancy": "lorasmith.fleet.analysis",
@@ -54,10 +56,12 @@ if TYPE_CHECKING:
     from lorasmith.fleet.members import open_members as open_members
     from lorasmith.fleet.members import rebuild as rebuild
     from lorasmith.fleet.multitask import MultiTaskModel as MultiTaskModel
+    from lorasmith.fleet.records import BudgetWarning as BudgetWarning
     from lorasmith.fleet.router import TaskRouter as TaskRouter
     from lorasmith.fleet.similarity import SimilarityMatrix as SimilarityMatrix
     from lorasmith.fleet.similarity import factor_gram as factor_gram
     from lorasmith.fleet.similarity import similarity as similarity
+    from lorasmith.fleet.subspace import SharedSubspace as SharedSubspace
     from lorasmith.fleet.trainable import SubspaceTrainer as SubspaceTrainer
 
 __all__ = [*sorted(_EXPORTS)]  # noqa: PLE0604

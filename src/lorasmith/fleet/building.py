@@ -45,6 +45,8 @@ Progress = Callable[[str, int, int], None]
 _FIRST = 96
 #: A basis reaches far enough if no adapter loses more than this share of its budget beyond it.
 _REACH = 0.25
+#: Errors below this share of ‖ΔW‖² are lost in the rounding of ‖ΔW‖² − ‖C‖².
+_CANCELS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -414,6 +416,16 @@ def _cores(
                 left_out = (energy - kept.square().sum(-1)).clamp_min(0)
             else:
                 left_out = joint.lost(left, right, energy, [a], [b])[..., 0, 0]
+                small = (left_out < _CANCELS * energy).nonzero()
+                for k, n in small.tolist():
+                    # Too small for a difference of squares: the difference itself.
+                    one = slice(n, n + 1)
+                    left_out[k, n] = share.distance(
+                        part_A[k, one],
+                        part_B[k, one],
+                        right[k, one] @ down[k],
+                        left[k, one] @ up[k],
+                    )
                 right, left = share.balance(right, left)
             for k, i in enumerate(members):
                 module = chunk[i]

@@ -111,9 +111,9 @@ class Rows:
         values = values.detach()
         n, columns = values.shape
         if codec == "float32":
-            return cls(codec, columns, values.to(torch.float32).contiguous())
+            return cls(codec, columns, _own(values, torch.float32))
         if codec == "bfloat16":
-            return cls(codec, columns, values.to(torch.bfloat16).contiguous())
+            return cls(codec, columns, _own(values, torch.bfloat16))
         step = max(1, _CHUNK // max(columns, 1))
         parts = [
             _quantise(values[i : i + step].to(torch.float32), codec)
@@ -229,6 +229,11 @@ def _quantise(values: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
     if columns % 2:  # the half byte at the end of a row
         flat[:, -1] = 0
     return flat[:, ::2] | (flat[:, 1::2] << 4), scales.squeeze(2)
+
+
+def _own(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy with memory of its own: a view would keep all that it was cut from."""
+    return torch.empty(values.shape, dtype=dtype, device=values.device).copy_(values)
 
 
 def _up(scales: Tensor) -> Tensor:

@@ -150,6 +150,13 @@ class Layer:
             dtype=torch.int64,
         ).reshape(-1, 4)
 
+    def refill(self, codes: Sequence[Code]) -> None:
+        """:meth:`fill` with rows of the lengths that the basis has by now."""
+        for name, basis in (("left", self.up), ("right", self.down)):
+            codec = getattr(self, name).codec
+            setattr(self, name, Rows.empty(len(basis) // self.width, codec))
+        self.fill(codes)
+
     def grow(self) -> None:
         """Room for one more adapter, which has nothing here."""
         self.index = torch.cat((self.index, torch.zeros(1, 4, dtype=torch.int64)))

@@ -18,7 +18,7 @@ components and loadings: ℓ' = (ℓ − mean ℓ) V, again exact until truncate
 
 **Error of old adapters.** A truncation moves what is held of adapter i by
 δ_i = ‖C_i' − E E ᵀ C_i' F Fᵀ‖ (computed, not estimated), so that its error against the original,
-ε_i before, is at most ε_i + δ_i afterwards: :func:`bound`.
+ε_i before (both norms, not squares), is at most ε_i + δ_i afterwards.
 
 Shapes: ``up`` [R_u, d_out], ``down`` [R_d, d_in], both with orthonormal rows; cores in factored
 form, left [r, R_u] and right [r, R_d] with C = leftᵀ right, of all adapters below each other.
@@ -35,7 +35,18 @@ from torch import Tensor
 
 from lorasmith.fleet.joint import root
 
-__all__ = ["Turned", "append", "bound", "extend", "rotate", "scatter", "share_rotate", "widen"]
+__all__ = [
+    "Turned",
+    "append",
+    "coordinates",
+    "extend",
+    "orthonormal",
+    "rotate",
+    "scatter",
+    "share_rotate",
+    "square",
+    "widen",
+]
 
 #: Directions outside of the basis that hold less than this share of a row's norm are rounding.
 _ROUNDING = 1e-6
@@ -56,11 +67,6 @@ class Turned:
     down: Tensor
     left: Tensor
     right: Tensor
-
-
-def bound(error: float, moved: float) -> float:
-    """The largest error after something with that error has moved: ε + δ, norms."""
-    return error + moved
 
 
 def append(basis: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,8 +175,8 @@ def share_rotate(
     wide = torch.float64
     mean, basis, loadings = mean.to(wide), basis.to(wide), loadings.to(wide)
     # The mean has a part in the basis and one outside, which is a direction of its own.
-    axes, coordinates = append(basis, mean.unsqueeze(0))
-    points = widen(loadings[:, 1:], axes.shape[0]) + loadings[:, :1] * coordinates
+    axes, centre_in = append(basis, mean.unsqueeze(0))
+    points = widen(loadings[:, 1:], axes.shape[0]) + loadings[:, :1] * centre_in
     counted = scales > 0
     unit = points[counted] / scales[counted].to(wide).unsqueeze(1)
     centre = unit.mean(0)
@@ -182,3 +188,31 @@ def share_rotate(
     new = (points - scales.to(wide).unsqueeze(1) * centre) @ vectors
     new = torch.cat((scales.to(wide).unsqueeze(1), new), dim=1)
     return centre @ axes, vectors.mT @ axes, new, values
+
+
+def orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(Q [k, d] with orthonormal rows, T [R, k]) with rows = T Q, float64."""
+    wide = rows.to(torch.float64)
+    if not len(wide):
+        return wide, wide.new_zeros(0, 0)
+    Q, R = torch.linalg.qr(wide.mT)
+    return Q.mT, R.mT
+
+
+def coordinates(rows: Tensor, basis: Tensor) -> Tensor:
+    """Least-squares coordinates [n, R] of rows [n, d] in a basis [R, d], float32."""
+    wide, against = rows.to(torch.float64), basis.to(torch.float64)
+    G = against @ against.mT
+    products = wide @ against.mT
+    L, failed = torch.linalg.cholesky_ex(G)
+    if int(failed):
+        found: Tensor = products @ torch.linalg.pinv(G, hermitian=True)
+    else:
+        found = torch.cholesky_solve(products.mT, L).mT
+    return found.to(torch.float32)
+
+
+def square(A: Tensor, B: Tensor) -> float:
+    """‖B A‖² of rows A [k, d_in] and B [k, d_out]."""
+    wide_A, wide_B = A.to(torch.float64), B.to(torch.float64)
+    return max(0.0, float(((wide_A @ wide_A.mT) * (wide_B @ wide_B.mT)).sum()))

@@ -740,7 +740,8 @@ def _copied_modules(root: nn.Module, task: str, record: MemberRecord) -> dict[st
         if leaves and all(shapes.get(k) == record.rest[f"{name}.{k}"] for k in leaves):
             found[name] = leaves
     served = {f"{name}.{leaf}" for name, leaves in found.items() for leaf in leaves}
-    for key in left:
+    # The telling ones first: PEFT writes a copy of the embedding beside its LoRA.
+    for key in sorted(left, key=lambda k: ".lora_embedding_" not in k):
         if key not in served:
             embedding = ".lora_embedding_" in key
             raise UnsupportedFeatureError(

@@ -78,15 +78,18 @@ def turn(A: Tensor, B: Tensor, like_A: Tensor, like_B: Tensor) -> Tensor:
 def align(A: Tensor, B: Tensor, *, sweeps: int = 3) -> tuple[Tensor, Tensor]:
     """Turns all adapters of each layer to their common mean (generalised Procrustes analysis).
 
-    Starts at the adapter of the largest norm; every sweep lowers Σ ‖Q_i Z_i − mean‖² or leaves
-    it. B A of every adapter stays what it was.
+    Starts at the largest adapter of the highest rank; every sweep lowers Σ ‖Q_i Z_i − mean‖² or
+    leaves it. B A of every adapter stays what it was.
 
     Args:
         A: [L, N, r, d_in], balanced.
         B: [L, N, r, d_out].
         sweeps: How often the mean is computed anew.
     """
-    first = A.square().sum((2, 3)).argmax(1)
+    # One of the highest rank: on what a reference does not have nothing would be determined.
+    rows = A.square().sum(3)
+    size = rows.sum(2)
+    first = ((rows > 0).sum(2) + size / (2 * size.amax(1, keepdim=True)).clamp_min(1e-30)).argmax(1)
     layers = torch.arange(A.shape[0], device=A.device)
     mean_A, mean_B = A[layers, first].unsqueeze(1), B[layers, first].unsqueeze(1)
     for number in range(sweeps):

@@ -31,13 +31,14 @@ from lorasmith.errors import AdapterFileError, LorasmithError
 from lorasmith.fleet.codec import Rows, codec_of
 from lorasmith.fleet.codes import ABSENT, DIAGONAL, FACTORED, FULL, LOADINGS, PARTS, Layer
 from lorasmith.fleet.members import MemberRecord, check_id
+from lorasmith.fleet.records import Adapter
 from lorasmith.io.atomic import replace_files
 from lorasmith.io.fingerprint import Fingerprint
 from lorasmith.io.tensors import FileTensors, sha256_of
 from lorasmith.io.weights import BaseModel, as_path
 
 if TYPE_CHECKING:
-    from lorasmith.fleet.subspace import Adapter, SharedSubspace
+    from lorasmith.fleet.subspace import SharedSubspace
 
 __all__ = [
     "BASIS",
@@ -235,11 +236,20 @@ def load(path: str | os.PathLike[str]) -> SharedSubspace:
     manifest = _manifest(folder)
     try:
         subspace = _read(folder, manifest)
-    except LorasmithError:
+    except AdapterFileError:
         raise
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+    except (
+        LorasmithError,
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
+        reason = error.what if isinstance(error, LorasmithError) else repr(error)
         raise AdapterFileError(
-            f"The manifest of the subspace cannot be understood: {error!r}.", file=folder / MANIFEST
+            f"The manifest of the subspace cannot be understood: {reason}", file=folder / MANIFEST
         ) from error
     assert isinstance(subspace, SharedSubspace)
     found = problems(subspace)
@@ -289,7 +299,7 @@ def _check_files(folder: Path, manifest: Mapping[str, Any]) -> Iterator[AdapterF
 
 
 def _read(folder: Path, manifest: Mapping[str, Any]) -> SharedSubspace:
-    from lorasmith.fleet.subspace import Adapter, SharedSubspace
+    from lorasmith.fleet.subspace import SharedSubspace
 
     for error in _check_files(folder, manifest):
         raise error

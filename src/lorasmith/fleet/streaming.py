@@ -16,12 +16,14 @@ truncation in between moves it by a known amount δ, and the error reported is t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from lorasmith.errors import ConfigError
 from lorasmith.fleet import incremental, joint, share
 from lorasmith.fleet.building import (
     Built,
@@ -33,9 +35,17 @@ from lorasmith.fleet.building import (
     pair_costs,
 )
 from lorasmith.fleet.codes import Layer
-from lorasmith.fleet.members import Member
+from lorasmith.fleet.members import (
+    Member,
+    Source,
+    check_base,
+    default_ids,
+    expand,
+    open_members,
+)
+from lorasmith.io.weights import BaseModel
 
-__all__ = ["JointStream", "blocks", "merge"]
+__all__ = ["JointStream", "Stream", "blocks", "merge"]
 
 
 def merge(basis: Tensor, values: Tensor, rows: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,6 +81,78 @@ def blocks(members: Iterable[Member], size: int) -> Iterator[list[Member]]:
             group = []
     if group:
         yield group
+
+
+class Stream:
+    """Adapters one after the other, opened and checked as they come; twice if that is possible.
+
+    Attributes:
+        again: Whether they can be gone through more than once.
+        total: Their number, 0 where it is not known.
+        base: What is known of their base model so far.
+    """
+
+    def __init__(
+        self,
+        sources: Iterable[Source] | Mapping[str, Source],
+        ids: Iterable[str] | None,
+        allow_base_mismatch: bool,
+    ) -> None:
+        if isinstance(sources, Mapping):
+            if ids is not None:
+                raise ConfigError("A mapping brings its own ids.", fix="leave ids out", key="ids")
+            ids, sources = list(sources), list(sources.values())
+        self.again = isinstance(sources, Collection)
+        self._sources: Iterable[Source] = expand(sources) if self.again else sources
+        self._ids = None if ids is None else iter(ids)
+        self._allow = allow_base_mismatch
+        self._names: list[str] = []
+        self.base = BaseModel()
+        self._seen: dict[str, tuple[tuple[int, int], Member]] = {}
+        self.total = 0
+        if self.again:
+            given = cast("Sequence[Source]", self._sources)
+            self.total = len(given)
+            self._names = list(self._ids) if self._ids is not None else default_ids(given)
+            if len(self._names) != self.total or len(set(self._names)) != self.total:
+                raise ConfigError(
+                    "Ids are not one for each adapter, each of them once.",
+                    expected=f"{self.total} different ids",
+                    got=f"{len(set(self._names))} different ones of {len(self._names)}",
+                    key="ids",
+                )
+        self._first: Member | None = None
+
+    def __iter__(self) -> Iterator[Member]:
+        taken: set[str] = set()
+        for number, source in enumerate(self._sources):
+            if self.again:
+                name = self._names[number]
+            elif self._ids is not None:
+                name = next(self._ids, "")
+            else:
+                name = default_ids([source])[0]
+                if name in taken:
+                    name = f"{name}#{number + 1}"
+            if name in taken:
+                raise ConfigError(
+                    "Two adapters have the same id.",
+                    expected="unique ids",
+                    got=repr(name),
+                    key="ids",
+                )
+            taken.add(name)
+            (member,) = open_members({name: source}, allow_base_mismatch=self._allow)
+            if self._first is None:
+                self._first, self.base = member, member.weights.base
+            else:
+                # Against the first one, and every layer against the one that had it first.
+                check_base([self._first, member], allow_base_mismatch=self._allow)
+            for module, size in member.sizes.items():
+                known, other = self._seen.setdefault(module, (size, member))
+                if known != size:
+                    check_base([other, member], allow_base_mismatch=self._allow)
+            yield member
 
 
 @dataclass
@@ -197,9 +279,9 @@ class JointStream:
             left = torch.zeros(1, N, r, len(state.up), dtype=torch.float64)
             right = torch.zeros(1, N, r, len(state.down), dtype=torch.float64)
             gone = torch.zeros(N, dtype=torch.float64)
-            for n, (one, other, lost) in final.items():
+            for n, (one, other, moved) in final.items():
                 left[0, n, : len(one)], right[0, n, : len(other)] = one, other
-                gone[n], energy[n, place] = lost, state.energy[n]
+                gone[n], energy[n, place] = moved, state.energy[n]
             held = joint.norms(right, left)
             sizes = joint_pairs(len(state.up), len(state.down), target)
             ups, downs = sorted({a for a, _ in sizes}), sorted({b for _, b in sizes})

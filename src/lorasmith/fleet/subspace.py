@@ -32,13 +32,12 @@ Adapters of other base models are refused. Ids are names of any kind, never path
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -46,34 +45,37 @@ from torch import Tensor
 from lorasmith.core.truncation import Product
 from lorasmith.errors import AdapterFileError, BaseMismatchError, ConfigError, UnknownNameError
 from lorasmith.fleet import incremental, share, store
+from lorasmith.fleet.absorbing import absorb_joint, absorb_share
 from lorasmith.fleet.building import (
     Gauge,
     Progress,
     Stacks,
     Target,
-    absent,
     build_joint,
     build_share,
     coded,
-    joint_pairs,
-    pair_costs,
 )
-from lorasmith.fleet.codec import Codec, codec_of
-from lorasmith.fleet.codes import DIAGONAL, FACTORED, FULL, LOADINGS, Code, Layer
-from lorasmith.fleet.joint import choose, lost
+from lorasmith.fleet.codec import Codec, Rows, codec_of
+from lorasmith.fleet.codes import DIAGONAL, FACTORED, FULL, LOADINGS, PARTS, Code, Layer
 from lorasmith.fleet.members import (
     LayerFactors,
     Member,
     MemberRecord,
     Source,
-    check_base,
     check_id,
-    default_ids,
-    expand,
     open_members,
     rebuild,
 )
-from lorasmith.fleet.streaming import JointStream, blocks
+from lorasmith.fleet.records import (
+    Absorbed,
+    Adapter,
+    BudgetWarning,
+    Projection,
+    Quantized,
+    Stats,
+    limit,
+)
+from lorasmith.fleet.streaming import JointStream, Stream, blocks
 from lorasmith.io.weights import AdapterWeights, BaseModel
 
 __all__ = [
@@ -91,192 +93,6 @@ Basis = Literal["joint", "share"]
 DEFAULT_ERROR = 0.05
 #: Bytes of factors in memory while a basis is built.
 MEMORY = 2**31
-
-
-class BudgetWarning(UserWarning):
-    """An adapter has lost more of its change than the budget allows."""
-
-
-@dataclass(frozen=True)
-class Projection:
-    """What a subspace holds of an adapter.
-
-    Attributes:
-        id: The adapter.
-        error: Relative squared error of ΔW over all layers.
-        layers: Module name → the same of one layer; 1 where the subspace has nothing.
-        budget: What was allowed.
-        residual_rank: Module name → rank of the residual that is kept beside the core.
-        nbytes: Bytes that the adapter takes, basis not counted.
-        codes: Module name → core [R_u, R_d], float32; empty unless made by ``project``.
-    """
-
-    id: str
-    error: float
-    layers: Mapping[str, float]
-    budget: float
-    residual_rank: Mapping[str, int] = field(default_factory=dict)
-    nbytes: int = 0
-    codes: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def within(self) -> bool:
-        """Whether the error is within the budget."""
-        return self.error <= self.budget
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures, in types that JSON can hold."""
-        return {
-            "id": self.id,
-            "error": self.error,
-            "budget": self.budget,
-            "within": self.within,
-            "residual_rank": dict(self.residual_rank),
-            "bytes": self.nbytes,
-            "layers": dict(self.layers),
-        }
-
-
-@dataclass(frozen=True)
-class Absorbed:
-    """What extending the basis did.
-
-    Attributes:
-        added: One record a new adapter.
-        moved: Id of an old adapter → ‖ΔŴ − ΔŴ'‖² / ‖ΔW‖² by the truncation; 0 up to rounding
-            where nothing was truncated.
-        ranks: Module name → (R_u, R_d) before and after.
-    """
-
-    added: tuple[Projection, ...]
-    moved: Mapping[str, float]
-    ranks: Mapping[str, tuple[tuple[int, int], tuple[int, int]]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures, in types that JSON can hold."""
-        return {
-            "added": [p.to_dict() for p in self.added],
-            "moved": dict(self.moved),
-            "ranks": {m: [list(a), list(b)] for m, (a, b) in self.ranks.items()},
-        }
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """What quantising did.
-
-    Attributes:
-        before: Bytes of basis, codes and residuals before.
-        after: And after.
-        moved: Id → ‖ΔŴ − ΔŴ'‖² / ‖ΔW‖², measured.
-    """
-
-    before: int
-    after: int
-    moved: Mapping[str, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures, in types that JSON can hold."""
-        return {"before": self.before, "after": self.after, "moved": dict(self.moved)}
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Bytes, counted on the tensors that are held.
-
-    Attributes:
-        adapters: Number of adapters.
-        layers: Number of layers.
-        basis: Bytes of U and V.
-        codes: Bytes of all cores.
-        residuals: Bytes of all residuals.
-        rest: Bytes of what is carried beside the factors (magnitudes, modules_to_save).
-        index: Bytes of the bookkeeping: which rows are whose, errors.
-        original: Bytes of all tensors of the adapters as they were stored.
-        original_rest: Of these, what is carried and not compressed.
-        disk: Bytes of the files it was last saved to or loaded from, or ``None``.
-        per_adapter: Id → bytes of its codes, residuals and rest.
-        ranks: Module name → (R_u, R_d).
-        codecs: Part → how it is stored.
-    """
-
-    adapters: int
-    layers: int
-    basis: int
-    codes: int
-    residuals: int
-    rest: int
-    index: int
-    original: int
-    original_rest: int
-    disk: int | None
-    per_adapter: Mapping[str, int]
-    ranks: Mapping[str, tuple[int, int]]
-    codecs: Mapping[str, str]
-
-    @property
-    def total(self) -> int:
-        """All bytes in memory."""
-        return self.basis + self.codes + self.residuals + self.rest + self.index
-
-    @property
-    def ratio(self) -> float:
-        """Original bytes ÷ bytes in memory."""
-        return self.original / self.total if self.total else math.inf
-
-    @property
-    def disk_ratio(self) -> float | None:
-        """Original bytes ÷ bytes on disk."""
-        return None if not self.disk else self.original / self.disk
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures, in types that JSON can hold."""
-        return {
-            "adapters": self.adapters,
-            "layers": self.layers,
-            "bytes": {
-                "basis": self.basis,
-                "codes": self.codes,
-                "residuals": self.residuals,
-                "rest": self.rest,
-                "index": self.index,
-                "total": self.total,
-                "original": self.original,
-                "disk": self.disk,
-            },
-            "ratio": self.ratio,
-            "disk_ratio": self.disk_ratio,
-            "per_adapter": dict(self.per_adapter),
-            "ranks": {m: list(r) for m, r in self.ranks.items()},
-            "codecs": dict(self.codecs),
-        }
-
-
-@dataclass(eq=False)
-class Adapter:
-    """What a subspace holds of an adapter beside its codes.
-
-    Attributes:
-        id: Its name.
-        record: What it takes to rebuild it.
-        rest: Tensors beside the factors, as they were stored.
-        nbytes: Bytes of all its tensors as they were stored.
-        energy: ‖ΔW‖² of each layer [L], float64.
-        lost: What of it is lost at most [L], float64.
-    """
-
-    id: str
-    record: MemberRecord
-    rest: dict[str, Tensor]
-    nbytes: int
-    energy: Tensor
-    lost: Tensor
-
-    @property
-    def error(self) -> float:
-        """Relative squared error over all layers."""
-        whole = float(self.energy.sum())
-        return float(self.lost.sum()) / whole if whole else 0.0
 
 
 class SharedSubspace:
@@ -430,7 +246,7 @@ class SharedSubspace:
         """
         target = _target(error, None, components, True)
         _check_choice("basis", basis, ("joint", "share"))
-        stream = _Stream(sources, ids, allow_base_mismatch)
+        stream = Stream(sources, ids, allow_base_mismatch)
         if basis == "share":
             return cls._stream_share(stream, target, block, allow_base_mismatch, progress)
         once = not stream.again
@@ -470,7 +286,7 @@ class SharedSubspace:
     @classmethod
     def _stream_share(
         cls,
-        stream: _Stream,
+        stream: Stream,
         target: Target,
         block: int,
         allow_base_mismatch: bool,
@@ -511,8 +327,7 @@ class SharedSubspace:
 
     def _warn_of_all(self) -> None:
         """Warns if adapters are beyond the budget."""
-        limit = self.budget * (1 + 1e-6) + 1e-9
-        over = [a for a in self._adapters if a.error > limit]
+        over = [a for a in self._adapters if a.error > limit(self.budget)]
         if over:
             worst = max(over, key=lambda a: a.error)
             _warn(
@@ -702,11 +517,13 @@ class SharedSubspace:
         gone = torch.zeros_like(energy)
         for place, layer in enumerate(self._layers):
             layer.grow()
-            part = parts.get(layer.module)
-            if part is None:
+            if layer.module not in parts:
                 continue
+            part = parts[layer.module]
             layer.put(number, part.code)
-            energy[place], gone[place] = part.energy, part.lost
+            # As it is stored now, residual and rounding included.
+            energy[place] = part.energy
+            gone[place] = float(share.distance(*part.whole, *layer.rows(number)))
         self._adapters.append(Adapter(member.id, record, rest, member.nbytes, energy, gone))
         made = self._projection(number, allowed)
         if not made.within:
@@ -827,7 +644,9 @@ class SharedSubspace:
         if self.basis == "joint":
             if not len(up) or not len(down):
                 return Code(FACTORED, B.new_zeros(0, len(up)), A.new_zeros(0, len(down)), *none)
-            right, left = share.balance(_coordinates(A, down), _coordinates(B, up))
+            right, left = share.balance(
+                incremental.coordinates(A, down), incremental.coordinates(B, up)
+            )
             if int(layer.index[:, 0].max() if len(layer.index) else 0) == DIAGONAL:
                 return coded(left, right, layer.sizes, diagonal=True)
             return coded(left, right, layer.sizes)
@@ -839,8 +658,8 @@ class SharedSubspace:
         B = torch.nn.functional.pad(B, (0, 0, 0, r - B.shape[0]))
         Q = share.turn(A, B, down[:r], up[:r]).to(A.dtype)
         ups, downs = up.view(-1, r * up.shape[1]), down.view(-1, r * down.shape[1])
-        left = _coordinates((Q @ B).reshape(1, -1), ups)
-        right = _coordinates((Q @ A).reshape(1, -1), downs)
+        left = incremental.coordinates((Q @ B).reshape(1, -1), ups)
+        right = incremental.coordinates((Q @ A).reshape(1, -1), downs)
         return Code(LOADINGS, left, right, *none)
 
     # -- taking adapters out -----------------------------------------------------------------
@@ -897,7 +716,7 @@ class SharedSubspace:
             elif rank == "original":
                 most = adapter.record.ranks[module]
             else:
-                most = min(cast("int", rank), *self._layer(module).sizes)
+                most = min(rank, *self._layer(module).sizes)
             made[module] = _cut(factors, most)
         if rank == "original":
             return rebuild(adapter.record, made, rest=adapter.rest, rank="original", dtype=dtype)
@@ -941,189 +760,55 @@ class SharedSubspace:
                 if module not in self.modules:
                     self._new_layer(module, member.sizes[module])
         with torch.no_grad():
-            moved = (
-                self._absorb_joint(members, allowed, components)
-                if self.basis == "joint"
-                else self._absorb_share(members, allowed, components)
+            absorb = absorb_joint if self.basis == "joint" else absorb_share
+            entering, codecs = self._prepare(members), self._codecs()
+            layers, moved = absorb(
+                self._layers, self._adapters, entering, members, allowed, components
             )
+            self._layers = layers
+            report = self._settle(entering, moved)
+            if any(codec != "float32" for codec in codecs.values()):
+                again = torch.stack([self._requantise(x, codecs) for x in self._layers], 1)
+                self._move(again)
         added = tuple(self._projection(n, allowed) for n in range(old, len(self._adapters)))
         for record in added:
-            if record.error > allowed * (1 + 1e-6) + 1e-9:
+            if not record.within:
                 _warn(_beyond(record))
         ranks = {
             layer.module: (before.get(layer.module, (0, 0)), layer.ranks) for layer in self._layers
         }
-        return Absorbed(added, moved, ranks)
+        return Absorbed(added, report, ranks)
 
-    def _prepare(self, members: Sequence[Member]) -> tuple[list[Adapter], list[Adapter]]:
-        """Records of the old and the new adapters, with places for what is measured."""
+    def _prepare(self, members: Sequence[Member]) -> list[Adapter]:
+        """Records of new adapters, with places for what is measured."""
         new = []
         for member in members:
             zeros = torch.zeros(len(self._layers), dtype=torch.float64)
             rest = {k: member.rest[k].clone() for k in member.rest}
             new.append(Adapter(member.id, member.record, rest, member.nbytes, zeros, zeros.clone()))
-        return list(self._adapters), new
+        return new
 
-    def _absorb_joint(
-        self, members: Sequence[Member], allowed: float, most: int | None
-    ) -> dict[str, float]:
-        old, new = self._prepare(members)
-        everyone = [*old, *new]
-        turned: list[_Turned] = []
-        for place, layer in enumerate(self._layers):
-            lefts, rights = [], []
-            up, down = _orthonormal(layer.up.unpack()), _orthonormal(layer.down.unpack())
-            for n in range(len(old)):
-                left, right = layer.wide(layer.code(n))
-                if left.shape[0] > right.shape[1]:
-                    left, right = right.mT @ left, torch.eye(right.shape[1])
-                lefts.append(left.to(torch.float64) @ up[1])
-                rights.append(right.to(torch.float64) @ down[1])
-            rows_A, rows_B = [], []
-            sizes = [x.shape[0] for x in lefts]
-            for member, adapter in zip(members, new, strict=True):
-                if layer.module not in member.modules:
-                    sizes.append(0)
-                    continue
-                factors = member.factors(layer.module)
-                rows_A.append(factors.A)
-                rows_B.append(factors.B.mT)
-                sizes.append(factors.rank)
-                adapter.energy[place] = _square(factors.A, factors.B.mT)
-            state = incremental.Turned(
-                up[0],
-                down[0],
-                torch.cat([torch.zeros(0, len(up[0]), dtype=torch.float64), *lefts]),
-                torch.cat([torch.zeros(0, len(down[0]), dtype=torch.float64), *rights]),
-            )
-            if rows_A:
-                state = incremental.extend(state, torch.cat(rows_A), torch.cat(rows_B))
-            turned.append(_Turned(state, sizes))
-        totals = torch.tensor([float(a.energy.sum()) for a in everyone], dtype=torch.float64)
-        weights = torch.where(totals > 0, totals, torch.ones_like(totals)).reciprocal()
-        options = []
-        for place, one in enumerate(turned):
-            one.state, _, _ = incremental.rotate(one.state, one.sizes, weights)
-            options.append(one.options(self._layers[place].sizes, allowed, most))
-        # What may still be lost: from √ε to √budget of each adapter's norm.
-        errors = torch.tensor([a.error for a in everyone], dtype=torch.float64)
-        room = (math.sqrt(allowed) - errors.sqrt()).clamp_min(0).square() * totals
-        if allowed and most is None:
-            chosen = choose([o[0] for o in options], [o[1] for o in options], room)
-        else:
-            chosen = [len(o[2]) - 1 for o in options]
-        moved = torch.zeros(len(everyone), len(self._layers), dtype=torch.float64)
-        for place, (one, option, c) in enumerate(zip(turned, options, chosen, strict=True)):
-            layer = self._layers[place]
-            a, b = option[2][c]
-            whole = (a, b) == (one.state.up.shape[0], one.state.down.shape[0])
-            moved[:, place] = 0 if whole else option[0][:, c]
-            self._layers[place] = one.layer(layer, a, b, len(old))
-        return self._settle(old, new, moved)
+    def _codecs(self) -> dict[str, Codec]:
+        """Part of a layer → how it is stored, the same on all of them."""
+        return {name: getattr(self._layers[0], name).codec for name in PARTS}
 
-    def _settle(
-        self, old: Sequence[Adapter], new: Sequence[Adapter], moved: Tensor
-    ) -> dict[str, float]:
+    def _settle(self, entering: Sequence[Adapter], moved: Tensor) -> dict[str, float]:
         """Enters what a truncation has moved [N, L] into the errors; the new adapters come in."""
-        report = {}
-        for n, adapter in enumerate([*old, *new]):
-            if n >= len(old):
-                adapter.lost = moved[n].clone()
-                continue
-            before = adapter.lost
-            adapter.lost = (before.sqrt() + moved[n].sqrt()).square()
-            whole = float(adapter.energy.sum())
-            report[adapter.id] = float(moved[n].sum()) / whole if whole else 0.0
-        self._adapters = [*old, *new]
+        old = len(self._adapters)
+        for n, adapter in enumerate(entering):
+            adapter.lost = moved[old + n].clone()
+        report = self._move(moved[:old])
+        self._adapters = [*self._adapters, *entering]
         return report
 
-    def _absorb_share(
-        self, members: Sequence[Member], allowed: float, most: int | None
-    ) -> dict[str, float]:
-        old, new = self._prepare(members)
-        everyone = [*old, *new]
-        highest = max([self._width(), *(m.rank(k) for m in members for k in m.modules)])
-        if highest > self._width():
-            self._widen(highest)
-        moved = torch.zeros(len(everyone), len(self._layers), dtype=torch.float64)
-        gathered = []
-        for place, layer in enumerate(self._layers):
-            up, down = layer.up.unpack(), layer.down.unpack()
-            r = layer.width
-            rows_A, rows_B, who = [], [], []
-            who.extend(n for n in range(len(old)) if layer.has(n))
-            codes = [layer.code(n) for n in who]
-            for k, member in enumerate(members):
-                if layer.module not in member.modules:
-                    continue
-                factors = member.factors(layer.module)
-                A, B = share.balance(factors.A, factors.B.mT.contiguous())
-                new[k].energy[place] = _square(factors.A, factors.B.mT)
-                A = torch.nn.functional.pad(A, (0, 0, 0, r - A.shape[0]))
-                B = torch.nn.functional.pad(B, (0, 0, 0, r - B.shape[0]))
-                Q = share.turn(A, B, down[:r], up[:r]).to(A.dtype)
-                rows_A.append((Q @ A).flatten())
-                rows_B.append((Q @ B).flatten())
-                who.append(len(old) + k)
-            gathered.append((codes, rows_A, rows_B, who))
-        totals = torch.tensor([float(a.energy.sum()) for a in everyone], dtype=torch.float64)
-        scales = torch.where(totals > 0, totals, torch.ones_like(totals)).pow(0.25)
-        room = [max(0.0, math.sqrt(allowed) - math.sqrt(a.error)) ** 2 for a in everyone]
-        for place, layer in enumerate(self._layers):
-            codes, rows_A, rows_B, who = gathered[place]
-            if not who:
-                continue
-            r = layer.width
-            sizes = scales[who]
-            sides = []
-            for basis, loads, rows in (
-                (layer.up.unpack(), [c.left for c in codes], rows_B),
-                (layer.down.unpack(), [c.right for c in codes], rows_A),
-            ):
-                flat = basis.reshape(-1, r * basis.shape[1])
-                sides.append(_share_side(flat, loads, rows, sizes))
-            (mean_B, axes_B, load_B), (mean_A, axes_A, load_A) = sides
-            full = max(axes_A.shape[0], axes_B.shape[0])
-            whole = _share_rows(mean_A, mean_B, axes_A, axes_B, load_A, load_B, full, r)
-            limit = torch.tensor(
-                [room[n] * float(everyone[n].energy[place]) for n in who], dtype=torch.float64
-            )
-            k, gone = full, torch.zeros(len(who), dtype=torch.float64)
-            if most is not None and most < full:
-                k = most
-                cut = _share_rows(mean_A, mean_B, axes_A, axes_B, load_A, load_B, k, r)
-                gone = share.distance(whole[0], whole[1], *cut)[0]
-            elif allowed and most is None:
-                for tried in range(full):
-                    cut = _share_rows(mean_A, mean_B, axes_A, axes_B, load_A, load_B, tried, r)
-                    gone_here = share.distance(whole[0], whole[1], *cut)[0]
-                    if bool((gone_here <= limit).all()):
-                        k, gone = tried, gone_here
-                        break
-            moved[who, place] = gone
-            self._layers[place] = _share_rebuilt(
-                layer,
-                mean_A,
-                mean_B,
-                axes_A[:k],
-                axes_B[:k],
-                load_A[:, : k + 1],
-                load_B[:, : k + 1],
-                who,
-                len(everyone),
-            )
-        return self._settle(old, new, moved)
-
-    def _widen(self, r: int) -> None:
-        """Rows of zeros, so that the Share basis holds adapters of a higher rank."""
-        for layer in self._layers:
-            was = layer.width
-            for name in ("up", "down"):
-                rows = getattr(layer, name)
-                values = rows.unpack().view(-1, was, rows.columns)
-                wide = torch.nn.functional.pad(values, (0, 0, 0, r - was)).flatten(0, 1)
-                setattr(layer, name, type(rows).pack(wide, rows.codec))
-            layer.width = r
+    def _move(self, moved: Tensor) -> dict[str, float]:
+        """Enters squared distances [N, L] that adapters have moved by into their errors."""
+        report = {}
+        for n, adapter in enumerate(self._adapters):
+            adapter.lost = (adapter.lost.sqrt() + moved[n].sqrt()).square()
+            whole = float(adapter.energy.sum())
+            report[adapter.id] = float(moved[n].sum()) / whole if whole else 0.0
+        return report
 
     # -- tasks that are trained in the subspace -----------------------------------------------
 
@@ -1178,7 +863,7 @@ class SharedSubspace:
             if layer.module in codes:
                 layer.put(number, codes[layer.module])
                 A, B = layer.rows(number)
-                energy[place] = _square(A, B)
+                energy[place] = incremental.square(A, B)
         carried = {k: v.detach().clone() for k, v in (rest or {}).items()}
         size = {"float32": 4, "float64": 8}.get(record.dtype, 2)
         nbytes = size * sum(
@@ -1225,7 +910,7 @@ class SharedSubspace:
         pack = type(layer.up).pack
         layer.up = type(layer.up).join([layer.up, pack(rows_up, layer.up.codec)])
         layer.down = type(layer.down).join([layer.down, pack(rows_down, layer.down.codec)])
-        _refill(layer, wide)
+        layer.refill(wide)
 
     # -- bytes -------------------------------------------------------------------------------
 
@@ -1263,11 +948,7 @@ class SharedSubspace:
         with torch.no_grad():
             for place, layer in enumerate(self._layers):
                 moved[:, place] = self._requantise(layer, chosen)
-        report = {}
-        for n, adapter in enumerate(self._adapters):
-            adapter.lost = (adapter.lost.sqrt() + moved[n].sqrt()).square()
-            whole = float(adapter.energy.sum())
-            report[adapter.id] = float(moved[n].sum()) / whole if whole else 0.0
+        report = self._move(moved)
         after = self.stats()
         return Quantized(_compressed(before), _compressed(after), report)
 
@@ -1319,7 +1000,7 @@ class SharedSubspace:
             if layer.has(number):
                 factors = member.factors(layer.module)
                 A, B = factors.A, factors.B.mT
-                adapter.energy[place] = _square(A, B)
+                adapter.energy[place] = incremental.square(A, B)
                 adapter.lost[place] = float(share.distance(A, B, *layer.rows(number)))
         return self._projection(number, self.budget)
 
@@ -1400,78 +1081,6 @@ class SharedSubspace:
 # Inside ---------------------------------------------------------------------------------------
 
 
-class _Stream:
-    """Adapters one after the other, opened and checked as they come; twice if that is possible.
-
-    Attributes:
-        again: Whether they can be gone through more than once.
-        total: Their number, 0 where it is not known.
-        base: What is known of their base model so far.
-    """
-
-    def __init__(
-        self,
-        sources: Iterable[Source] | Mapping[str, Source],
-        ids: Iterable[str] | None,
-        allow_base_mismatch: bool,
-    ) -> None:
-        if isinstance(sources, Mapping):
-            if ids is not None:
-                raise ConfigError("A mapping brings its own ids.", fix="leave ids out", key="ids")
-            ids, sources = list(sources), list(sources.values())
-        self.again = isinstance(sources, Collection)
-        self._sources: Iterable[Source] = expand(sources) if self.again else sources  # type: ignore[arg-type]
-        self._ids = None if ids is None else iter(ids)
-        self._allow = allow_base_mismatch
-        self._names: list[str] = []
-        self.base = BaseModel()
-        self._seen: dict[str, tuple[tuple[int, int], Member]] = {}
-        self.total = 0
-        if self.again:
-            given = cast("Sequence[Source]", self._sources)
-            self.total = len(given)
-            self._names = list(self._ids) if self._ids is not None else default_ids(given)
-            if len(self._names) != self.total or len(set(self._names)) != self.total:
-                raise ConfigError(
-                    "Ids are not one for each adapter, each of them once.",
-                    expected=f"{self.total} different ids",
-                    got=f"{len(set(self._names))} different ones of {len(self._names)}",
-                    key="ids",
-                )
-        self._first: Member | None = None
-
-    def __iter__(self) -> Iterator[Member]:
-        taken: set[str] = set()
-        for number, source in enumerate(self._sources):
-            if self.again:
-                name = self._names[number]
-            elif self._ids is not None:
-                name = next(self._ids, "")
-            else:
-                name = default_ids([source])[0]
-                if name in taken:
-                    name = f"{name}#{number + 1}"
-            if name in taken:
-                raise ConfigError(
-                    "Two adapters have the same id.",
-                    expected="unique ids",
-                    got=repr(name),
-                    key="ids",
-                )
-            taken.add(name)
-            (member,) = open_members({name: source}, allow_base_mismatch=self._allow)
-            if self._first is None:
-                self._first, self.base = member, member.weights.base
-            else:
-                # Against the first one, and every layer against the one that had it first.
-                check_base([self._first, member], allow_base_mismatch=self._allow)
-            for module, size in member.sizes.items():
-                known, other = self._seen.setdefault(module, (size, member))
-                if known != size:
-                    check_base([other, member], allow_base_mismatch=self._allow)
-            yield member
-
-
 @dataclass
 class _Part:
     """What a basis holds of one layer of an adapter.
@@ -1482,6 +1091,7 @@ class _Part:
         energy: ‖ΔW‖².
         lost: ‖ΔW − ΔŴ‖².
         left_over: ΔW − ΔŴ as rows (A, B).
+        whole: ΔW likewise.
     """
 
     layer: Layer | None
@@ -1489,28 +1099,21 @@ class _Part:
     energy: float
     lost: float
     left_over: tuple[Tensor, Tensor]
+    whole: tuple[Tensor, Tensor]
 
     @classmethod
     def of(cls, own: Layer | None, code: Code, layer: Layer, A: Tensor, B: Tensor) -> _Part:
-        left, right = layer.wide(code)
-        if code.kind == FULL and right.shape[1] < right.shape[0]:
-            left, right = right.mT, torch.eye(right.shape[1])
         # As it will be stored, rounded.
-        left = (
-            type(layer.left).pack(left, layer.left.codec).unpack()
-            if code.kind == FACTORED
-            else left
+        code = replace(
+            code,
+            left=Rows.pack(code.left, layer.left.codec).unpack(),
+            right=Rows.pack(code.right, layer.right.codec).unpack(),
         )
-        right = (
-            type(layer.right).pack(right, layer.right.codec).unpack()
-            if code.kind == FACTORED
-            else right
-        )
+        left, right = layer.wide(code)
         rows_A = torch.cat((A, right @ layer.down.unpack()))
         rows_B = torch.cat((B, -(left @ layer.up.unpack())))
-        wide_A, wide_B = rows_A.to(torch.float64), rows_B.to(torch.float64)
-        gone = float(((wide_A @ wide_A.mT) * (wide_B @ wide_B.mT)).sum().clamp_min(0))
-        return cls(own, code, _square(A, B), gone, (rows_A, rows_B))
+        gone = incremental.square(rows_A, rows_B)
+        return cls(own, code, incremental.square(A, B), gone, (rows_A, rows_B), (A, B))
 
 
 def _keep_residuals(parts: Mapping[str, _Part], allowed: float) -> None:
@@ -1545,116 +1148,12 @@ def _keep_residuals(parts: Mapping[str, _Part], allowed: float) -> None:
         part.lost = float(spectrum.S[k:].square().sum())
 
 
-@dataclass
-class _Turned:
-    """A layer whose basis is being extended."""
-
-    state: incremental.Turned
-    sizes: list[int]
-
-    def options(
-        self, sizes: tuple[int, int], allowed: float, most: int | None
-    ) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-        """(losses [N, options], bytes [options], (R_u, R_d) of each)."""
-        Ru, Rd = self.state.up.shape[0], self.state.down.shape[0]
-        if not Ru or not Rd:
-            none = torch.zeros(len(self.sizes), 1, dtype=torch.float64)
-            return none, none[0], [(Ru, Rd)]
-        if allowed or most:
-            pairs = joint_pairs(Ru, Rd, Target(error=allowed, components=most))
-        else:
-            pairs = [(Ru, Rd)]
-        left, right = self.padded()
-        energy = ((left @ left.mT) * (right @ right.mT)).sum((-2, -1))
-        ups, downs = sorted({a for a, _ in pairs}), sorted({b for _, b in pairs})
-        table = lost(left[None], right[None], energy[None], ups, downs)[0]
-        flat = table[:, [ups.index(a) for a, _ in pairs], [downs.index(b) for _, b in pairs]]
-        own = torch.tensor(self.sizes, dtype=torch.float64)
-        return flat, pair_costs(pairs, own, sizes), pairs
-
-    def padded(self) -> tuple[Tensor, Tensor]:
-        """Cores [N, r, R] filled up with rows of zeros."""
-        r = max(1, *self.sizes) if self.sizes else 1
-        found = []
-        for rows in (self.state.left, self.state.right):
-            wide, start = rows.new_zeros(len(self.sizes), r, rows.shape[1]), 0
-            for n, size in enumerate(self.sizes):
-                wide[n, :size] = rows[start : start + size]
-                start += size
-            found.append(wide)
-        return found[0], found[1]
-
-    def layer(self, old: Layer, a: int, b: int, count: int) -> Layer:
-        """The layer anew, its basis cut to (a, b), in the codecs of the old one."""
-        up, down = self.state.up[:a].float(), self.state.down[:b].float()
-        made = Layer.new(old.module, up, down, len(self.sizes))
-        for name in ("up", "down", "left", "right", "residual_up", "residual_down"):
-            rows = getattr(made, name)
-            setattr(made, name, type(rows).pack(rows.unpack(), getattr(old, name).codec))
-        codes, start = [], 0
-        for n, size in enumerate(self.sizes):
-            if not size and not (n < count and old.has(n)):
-                codes.append(absent(made.sizes, (a, b)))
-                continue
-            left = self.state.left[start : start + size, :a]
-            right = self.state.right[start : start + size, :b]
-            start += size
-            if left.shape[0] > min(a, b):
-                right, left = _compact(left, right)
-            right, left = share.balance(right, left)
-            code = coded(left.float(), right.float(), made.sizes)
-            if n < count:
-                was = old.code(n)
-                code = replace(code, residual_up=was.residual_up, residual_down=was.residual_down)
-            codes.append(code)
-        _refill(made, codes)
-        return made
-
-
-def _compact(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """(right, left) of no more rows than the core has columns."""
-    if left.shape[1] <= right.shape[1]:
-        return left.mT @ right, torch.eye(left.shape[1], dtype=left.dtype)
-    return torch.eye(right.shape[1], dtype=left.dtype), right.mT @ left
-
-
-def _refill(layer: Layer, codes: Sequence[Code]) -> None:
-    """Codes whose rows may have another length than before, in the codecs there are."""
-    for name in ("left", "right"):
-        rows = getattr(layer, name)
-        columns = (len(layer.up) if name == "left" else len(layer.down)) // layer.width
-        setattr(layer, name, type(rows).empty(columns, rows.codec))
-    layer.fill(codes)
-
-
-def _orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(Q [k, d] with orthonormal rows, T [R, k]) with rows = T Q, float64."""
-    wide = rows.to(torch.float64)
-    if not len(wide):
-        return wide, wide.new_zeros(0, 0)
-    Q, R = torch.linalg.qr(wide.mT)
-    return Q.mT, R.mT
-
-
-def _coordinates(rows: Tensor, basis: Tensor) -> Tensor:
-    """Least-squares coordinates [n, R] of rows [n, d] in a basis [R, d], float32."""
-    wide, against = rows.to(torch.float64), basis.to(torch.float64)
-    G = against @ against.mT
-    products = wide @ against.mT
-    L, failed = torch.linalg.cholesky_ex(G)
-    if int(failed):
-        found = products @ torch.linalg.pinv(G, hermitian=True)
-    else:
-        found = torch.cholesky_solve(products.mT, L).mT
-    return found.to(torch.float32)
-
-
 def _refit(old: Tensor, new: Tensor, width: int) -> Tensor:
     """T [R, R] such that (c T) new is nearest to c old for every row c of coordinates."""
     if not len(old):
         return torch.zeros(0, 0)
     n = len(old) // width
-    return _coordinates(old.reshape(n, -1), new.reshape(n, -1))
+    return incremental.coordinates(old.reshape(n, -1), new.reshape(n, -1))
 
 
 def _cut(factors: LayerFactors, most: int) -> LayerFactors:
@@ -1667,83 +1166,6 @@ def _cut(factors: LayerFactors, most: int) -> LayerFactors:
     spectrum = Product(factors.B.to(torch.float64), factors.A.to(torch.float64)).spectrum()
     made = spectrum.factors(max(1, min(most, spectrum.useful)), 1.0)
     return LayerFactors(made["A"], made["B"])
-
-
-def _square(A: Tensor, B: Tensor) -> float:
-    """‖B A‖² of rows A [k, d_in] and B [k, d_out]."""
-    wide_A, wide_B = A.to(torch.float64), B.to(torch.float64)
-    return max(0.0, float(((wide_A @ wide_A.mT) * (wide_B @ wide_B.mT)).sum()))
-
-
-def _share_side(
-    basis: Tensor, loadings: Sequence[Tensor], rows: Sequence[Tensor], sizes: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [D], components [K, D] and loadings [n, K + 1] of old and new rows together."""
-    wide = torch.float64
-    flat = basis.to(wide)
-    axes, turned = incremental.append(flat[:0], flat)  # an orthonormal basis of all components
-    old = torch.cat([flat.new_zeros(0, flat.shape[0]), *(x.to(wide) for x in loadings)]) @ turned
-    if rows:
-        axes, new = incremental.append(axes, torch.stack(list(rows)))
-        points = torch.cat((incremental.widen(old, axes.shape[0]), new))
-    else:
-        points = old
-    known = torch.cat((points.new_zeros(len(points), 1), points), 1)
-    mean, components, found, _ = incremental.share_rotate(
-        axes.new_zeros(axes.shape[1]), axes, known, sizes
-    )
-    return mean, components, found
-
-
-def _share_rows(
-    mean_A: Tensor,
-    mean_B: Tensor,
-    axes_A: Tensor,
-    axes_B: Tensor,
-    load_A: Tensor,
-    load_B: Tensor,
-    k: int,
-    r: int,
-) -> tuple[Tensor, Tensor]:
-    """Factors [1, n, r, d_in], [1, n, r, d_out] with k components."""
-    A = load_A[:, :1] * mean_A + load_A[:, 1 : k + 1] @ axes_A[:k]
-    B = load_B[:, :1] * mean_B + load_B[:, 1 : k + 1] @ axes_B[:k]
-    n = len(load_A)
-    return A.view(1, n, r, -1), B.view(1, n, r, -1)
-
-
-def _share_rebuilt(
-    old: Layer,
-    mean_A: Tensor,
-    mean_B: Tensor,
-    axes_A: Tensor,
-    axes_B: Tensor,
-    load_A: Tensor,
-    load_B: Tensor,
-    who: Sequence[int],
-    count: int,
-) -> Layer:
-    r = old.width
-    d_out, d_in = old.sizes
-    down = torch.cat((mean_A[None], axes_A)).float().view(-1, d_in)
-    up = torch.cat((mean_B[None], axes_B)).float().view(-1, d_out)
-    made = Layer.new(old.module, up, down, count, r)
-    made.recode(
-        **{
-            n: getattr(old, n).codec
-            for n in ("up", "down", "left", "right", "residual_up", "residual_down")
-        }
-    )
-    codes = [absent(made.sizes, (len(axes_B) + 1, len(axes_A) + 1)) for _ in range(count)]
-    had = len(old.index)
-    for i, n in enumerate(who):
-        none = torch.zeros(0, d_out), torch.zeros(0, d_in)
-        if n < had:
-            was = old.code(n)
-            none = was.residual_up, was.residual_down
-        codes[n] = Code(LOADINGS, load_B[i : i + 1].float(), load_A[i : i + 1].float(), *none)
-    _refill(made, codes)
-    return made
 
 
 def _ratios(modules: Iterable[str], lost: Tensor, energy: Tensor) -> dict[str, float]:
@@ -1808,8 +1230,9 @@ def _target(
 
 
 def _share(name: str, value: float) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
-        return float(value)
+    number: object = value
+    if isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number <= 1:
+        return float(number)
     raise ConfigError(f"{name} is not a share.", expected="0 to 1", got=repr(value), key=name)
 
 

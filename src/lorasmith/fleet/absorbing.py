@@ -1,0 +1,345 @@
+"""Extending a shared subspace by adapters: the steps of ``SharedSubspace.absorb``.
+
+The formulas are those of :mod:`lorasmith.fleet.incremental`. Layers come back in float32; who
+called quantises them again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lorasmith.fleet import incremental, share
+from lorasmith.fleet.building import Target, absent, coded, joint_pairs, pair_costs
+from lorasmith.fleet.codec import Rows
+from lorasmith.fleet.codes import LOADINGS, Code, Layer
+from lorasmith.fleet.incremental import orthonormal, square
+from lorasmith.fleet.joint import choose, lost
+from lorasmith.fleet.members import Member
+from lorasmith.fleet.records import Adapter
+
+__all__ = ["absorb_joint", "absorb_share"]
+
+
+def absorb_joint(
+    layers: Sequence[Layer],
+    old: Sequence[Adapter],
+    new: Sequence[Adapter],
+    members: Sequence[Member],
+    allowed: float,
+    most: int | None,
+) -> tuple[list[Layer], Tensor]:
+    """The layers with further adapters in them, cut to a budget.
+
+    Args:
+        layers: As they are; not changed.
+        old: The adapters that are in them.
+        new: Records of the further ones; ‖ΔW‖² of each layer is entered.
+        members: These adapters.
+        allowed: The most that any adapter may lose; 0 cuts nothing.
+        most: In its place: the largest number of directions or components.
+
+    Returns:
+        New layers, and ‖ΔŴ − ΔŴ'‖² [N, L] that each adapter was moved by.
+    """
+    layers = list(layers)
+    everyone = [*old, *new]
+    turned: list[_Turned] = []
+    for place, layer in enumerate(layers):
+        lefts, rights = [], []
+        up, down = orthonormal(layer.up.unpack()), orthonormal(layer.down.unpack())
+        for n in range(len(old)):
+            left, right = layer.wide(layer.code(n))
+            if left.shape[0] > right.shape[1]:
+                left, right = right.mT @ left, torch.eye(right.shape[1])
+            lefts.append(left.to(torch.float64) @ up[1])
+            rights.append(right.to(torch.float64) @ down[1])
+        rows_A, rows_B = [], []
+        sizes = [x.shape[0] for x in lefts]
+        for member, adapter in zip(members, new, strict=True):
+            if layer.module not in member.modules:
+                sizes.append(0)
+                continue
+            factors = member.factors(layer.module)
+            rows_A.append(factors.A)
+            rows_B.append(factors.B.mT)
+            sizes.append(factors.rank)
+            adapter.energy[place] = square(factors.A, factors.B.mT)
+        state = incremental.Turned(
+            up[0],
+            down[0],
+            torch.cat([torch.zeros(0, len(up[0]), dtype=torch.float64), *lefts]),
+            torch.cat([torch.zeros(0, len(down[0]), dtype=torch.float64), *rights]),
+        )
+        if rows_A:
+            state = incremental.extend(state, torch.cat(rows_A), torch.cat(rows_B))
+        turned.append(_Turned(state, sizes))
+    totals = torch.tensor([float(a.energy.sum()) for a in everyone], dtype=torch.float64)
+    weights = torch.where(totals > 0, totals, torch.ones_like(totals)).reciprocal()
+    options = []
+    for place, one in enumerate(turned):
+        one.state, _, _ = incremental.rotate(one.state, one.sizes, weights)
+        options.append(one.options(layers[place].sizes, allowed, most))
+    # What may still be lost: from √ε to √budget of each adapter's norm.
+    errors = torch.tensor([a.error for a in everyone], dtype=torch.float64)
+    room = (math.sqrt(allowed) - errors.sqrt()).clamp_min(0).square() * totals
+    if allowed and most is None:
+        chosen = choose([o[0] for o in options], [o[1] for o in options], room)
+    else:
+        chosen = [len(o[2]) - 1 for o in options]
+    moved = torch.zeros(len(everyone), len(layers), dtype=torch.float64)
+    for place, (one, option, c) in enumerate(zip(turned, options, chosen, strict=True)):
+        layer = layers[place]
+        a, b = option[2][c]
+        whole = (a, b) == (one.state.up.shape[0], one.state.down.shape[0])
+        moved[:, place] = 0 if whole else option[0][:, c]
+        layers[place] = one.layer(layer, a, b, len(old))
+    return layers, moved
+
+
+def absorb_share(
+    layers: Sequence[Layer],
+    old: Sequence[Adapter],
+    new: Sequence[Adapter],
+    members: Sequence[Member],
+    allowed: float,
+    most: int | None,
+) -> tuple[list[Layer], Tensor]:
+    """The layers with further adapters in them, cut to a budget.
+
+    Args:
+        layers: As they are; not changed.
+        old: The adapters that are in them.
+        new: Records of the further ones; ‖ΔW‖² of each layer is entered.
+        members: These adapters.
+        allowed: The most that any adapter may lose; 0 cuts nothing.
+        most: In its place: the largest number of directions or components.
+
+    Returns:
+        New layers, and ‖ΔŴ − ΔŴ'‖² [N, L] that each adapter was moved by.
+    """
+    layers = list(layers)
+    everyone = [*old, *new]
+    highest = max([layers[0].width, *(m.rank(k) for m in members for k in m.modules)])
+    if highest > layers[0].width:
+        layers = [_widened(layer, highest) for layer in layers]
+    moved = torch.zeros(len(everyone), len(layers), dtype=torch.float64)
+    gathered = []
+    for place, layer in enumerate(layers):
+        up, down = layer.up.unpack(), layer.down.unpack()
+        r = layer.width
+        rows_A: list[Tensor] = []
+        rows_B: list[Tensor] = []
+        who: list[int] = []
+        who.extend(n for n in range(len(old)) if layer.has(n))
+        codes = [layer.code(n) for n in who]
+        for k, member in enumerate(members):
+            if layer.module not in member.modules:
+                continue
+            factors = member.factors(layer.module)
+            A, B = share.balance(factors.A, factors.B.mT.contiguous())
+            new[k].energy[place] = square(factors.A, factors.B.mT)
+            A = torch.nn.functional.pad(A, (0, 0, 0, r - A.shape[0]))
+            B = torch.nn.functional.pad(B, (0, 0, 0, r - B.shape[0]))
+            Q = share.turn(A, B, down[:r], up[:r]).to(A.dtype)
+            rows_A.append((Q @ A).flatten())
+            rows_B.append((Q @ B).flatten())
+            who.append(len(old) + k)
+        gathered.append((codes, rows_A, rows_B, who))
+    totals = torch.tensor([float(a.energy.sum()) for a in everyone], dtype=torch.float64)
+    scales = torch.where(totals > 0, totals, torch.ones_like(totals)).pow(0.25)
+    room = [max(0.0, math.sqrt(allowed) - math.sqrt(a.error)) ** 2 for a in everyone]
+    for place, layer in enumerate(layers):
+        codes, rows_A, rows_B, who = gathered[place]
+        if not who:
+            continue
+        r = layer.width
+        sizes = scales[who]
+        sides = []
+        for basis, loads, rows in (
+            (layer.up.unpack(), [c.left for c in codes], rows_B),
+            (layer.down.unpack(), [c.right for c in codes], rows_A),
+        ):
+            flat = basis.reshape(-1, r * basis.shape[1])
+            sides.append(_share_side(flat, loads, rows, sizes))
+        (mean_B, axes_B, load_B), (mean_A, axes_A, load_A) = sides
+        full = max(axes_A.shape[0], axes_B.shape[0])
+        whole = _share_rows(mean_A, mean_B, axes_A, axes_B, load_A, load_B, full, r)
+        limit = torch.tensor(
+            [room[n] * float(everyone[n].energy[place]) for n in who], dtype=torch.float64
+        )
+        k, gone = full, torch.zeros(len(who), dtype=torch.float64)
+        if most is not None and most < full:
+            k = most
+            cut = _share_rows(mean_A, mean_B, axes_A, axes_B, load_A, load_B, k, r)
+            gone = share.distance(whole[0], whole[1], *cut)[0]
+        elif allowed and most is None:
+            for tried in range(full):
+                cut = _share_rows(mean_A, mean_B, axes_A, axes_B, load_A, load_B, tried, r)
+                gone_here = share.distance(whole[0], whole[1], *cut)[0]
+                if bool((gone_here <= limit).all()):
+                    k, gone = tried, gone_here
+                    break
+        moved[who, place] = gone
+        layers[place] = _share_rebuilt(
+            layer,
+            mean_A,
+            mean_B,
+            axes_A[:k],
+            axes_B[:k],
+            load_A[:, : k + 1],
+            load_B[:, : k + 1],
+            who,
+            len(everyone),
+        )
+    return layers, moved
+
+
+def _widened(layer: Layer, r: int) -> Layer:
+    """Rows of zeros, so that the Share basis holds adapters of a higher rank."""
+
+    def wide(rows: Rows) -> Rows:
+        values = rows.unpack().view(-1, layer.width, rows.columns)
+        padded = torch.nn.functional.pad(values, (0, 0, 0, r - layer.width))
+        return Rows.pack(padded.flatten(0, 1))
+
+    return replace(layer, width=r, up=wide(layer.up), down=wide(layer.down))
+
+
+@dataclass
+class _Turned:
+    """A layer whose basis is being extended."""
+
+    state: incremental.Turned
+    sizes: list[int]
+
+    def options(
+        self, sizes: tuple[int, int], allowed: float, most: int | None
+    ) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+        """(losses [N, options], bytes [options], (R_u, R_d) of each)."""
+        Ru, Rd = self.state.up.shape[0], self.state.down.shape[0]
+        if not Ru or not Rd:
+            none = torch.zeros(len(self.sizes), 1, dtype=torch.float64)
+            return none, none[0], [(Ru, Rd)]
+        if allowed or most:
+            pairs = joint_pairs(Ru, Rd, Target(error=allowed, components=most))
+        else:
+            pairs = [(Ru, Rd)]
+        left, right = self.padded()
+        energy = ((left @ left.mT) * (right @ right.mT)).sum((-2, -1))
+        ups, downs = sorted({a for a, _ in pairs}), sorted({b for _, b in pairs})
+        table = lost(left[None], right[None], energy[None], ups, downs)[0]
+        flat = table[:, [ups.index(a) for a, _ in pairs], [downs.index(b) for _, b in pairs]]
+        own = torch.tensor(self.sizes, dtype=torch.float64)
+        return flat, pair_costs(pairs, own, sizes), pairs
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Cores [N, r, R] filled up with rows of zeros."""
+        r = max(1, *self.sizes) if self.sizes else 1
+        found = []
+        for rows in (self.state.left, self.state.right):
+            wide, start = rows.new_zeros(len(self.sizes), r, rows.shape[1]), 0
+            for n, size in enumerate(self.sizes):
+                wide[n, :size] = rows[start : start + size]
+                start += size
+            found.append(wide)
+        return found[0], found[1]
+
+    def layer(self, old: Layer, a: int, b: int, count: int) -> Layer:
+        """The layer anew, its basis cut to (a, b)."""
+        up, down = self.state.up[:a].float(), self.state.down[:b].float()
+        made = Layer.new(old.module, up, down, len(self.sizes))
+        codes, start = [], 0
+        for n, size in enumerate(self.sizes):
+            if not size and not (n < count and old.has(n)):
+                codes.append(absent(made.sizes, (a, b)))
+                continue
+            left = self.state.left[start : start + size, :a]
+            right = self.state.right[start : start + size, :b]
+            start += size
+            if left.shape[0] > min(a, b):
+                right, left = _compact(left, right)
+            right, left = share.balance(right, left)
+            code = coded(left.float(), right.float(), made.sizes)
+            if n < count:
+                was = old.code(n)
+                code = replace(code, residual_up=was.residual_up, residual_down=was.residual_down)
+            codes.append(code)
+        made.refill(codes)
+        return made
+
+
+def _compact(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """(right, left) of no more rows than the core has columns."""
+    if left.shape[1] <= right.shape[1]:
+        return left.mT @ right, torch.eye(left.shape[1], dtype=left.dtype)
+    return torch.eye(right.shape[1], dtype=left.dtype), right.mT @ left
+
+
+def _share_side(
+    basis: Tensor, loadings: Sequence[Tensor], rows: Sequence[Tensor], sizes: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [D], components [K, D] and loadings [n, K + 1] of old and new rows together."""
+    wide = torch.float64
+    flat = basis.to(wide)
+    axes, turned = incremental.append(flat[:0], flat)  # an orthonormal basis of all components
+    old = torch.cat([flat.new_zeros(0, flat.shape[0]), *(x.to(wide) for x in loadings)]) @ turned
+    if rows:
+        axes, new = incremental.append(axes, torch.stack(list(rows)))
+        points = torch.cat((incremental.widen(old, axes.shape[0]), new))
+    else:
+        points = old
+    known = torch.cat((points.new_zeros(len(points), 1), points), 1)
+    mean, components, found, _ = incremental.share_rotate(
+        axes.new_zeros(axes.shape[1]), axes, known, sizes
+    )
+    return mean, components, found
+
+
+def _share_rows(
+    mean_A: Tensor,
+    mean_B: Tensor,
+    axes_A: Tensor,
+    axes_B: Tensor,
+    load_A: Tensor,
+    load_B: Tensor,
+    k: int,
+    r: int,
+) -> tuple[Tensor, Tensor]:
+    """Factors [1, n, r, d_in], [1, n, r, d_out] with k components."""
+    A = load_A[:, :1] * mean_A + load_A[:, 1 : k + 1] @ axes_A[:k]
+    B = load_B[:, :1] * mean_B + load_B[:, 1 : k + 1] @ axes_B[:k]
+    n = len(load_A)
+    return A.view(1, n, r, -1), B.view(1, n, r, -1)
+
+
+def _share_rebuilt(
+    old: Layer,
+    mean_A: Tensor,
+    mean_B: Tensor,
+    axes_A: Tensor,
+    axes_B: Tensor,
+    load_A: Tensor,
+    load_B: Tensor,
+    who: Sequence[int],
+    count: int,
+) -> Layer:
+    r = old.width
+    d_out, d_in = old.sizes
+    down = torch.cat((mean_A[None], axes_A)).float().view(-1, d_in)
+    up = torch.cat((mean_B[None], axes_B)).float().view(-1, d_out)
+    made = Layer.new(old.module, up, down, count, r)
+    codes = [absent(made.sizes, (len(axes_B) + 1, len(axes_A) + 1)) for _ in range(count)]
+    had = len(old.index)
+    for i, n in enumerate(who):
+        none = torch.zeros(0, d_out), torch.zeros(0, d_in)
+        if n < had:
+            was = old.code(n)
+            none = was.residual_up, was.residual_down
+        codes[n] = Code(LOADINGS, load_B[i : i + 1].float(), load_A[i : i + 1].float(), *none)
+    made.refill(codes)
+    return made
