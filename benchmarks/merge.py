@@ -41,13 +41,15 @@ def in_factors(deltas: list[LayerFactors], rank: int) -> Tensor:
     wide = [LayerFactors(d.A.double(), d.B.double()) for d in deltas]
     merged = svd(wide, [1 / len(deltas)] * len(deltas))
     made = Product(merged.B, merged.A).spectrum().factors(rank, 1.0)
-    return made["B"] @ made["A"]
+    product: Tensor = made["B"] @ made["A"]
+    return product
 
 
 def densely(deltas: list[LayerFactors], rank: int) -> Tensor:
     total = sum((d.B @ d.A for d in deltas[1:]), deltas[0].B @ deltas[0].A) / len(deltas)
     U, S, Vh = torch.linalg.svd(total, full_matrices=False)
-    return (U[:, :rank] * S[:rank]) @ Vh[:rank]
+    cut: Tensor = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+    return cut
 
 
 def by_peft(deltas: list[LayerFactors], rank: int) -> Callable[[], Any] | None:

@@ -58,7 +58,8 @@ def _synthetic(model: Any, tasks: int, directions: int, rank: int) -> Any:
     from lorasmith.fleet.building import coded
     from lorasmith.fleet.codes import Layer
     from lorasmith.fleet.members import MemberRecord
-    from lorasmith.fleet.subspace import Adapter, SharedSubspace
+    from lorasmith.fleet.records import Adapter
+    from lorasmith.fleet.subspace import SharedSubspace
     from lorasmith.io.weights import AdapterWeights
 
     ls.attach(model, ls.LoRAConfig(r=rank))
@@ -70,8 +71,7 @@ def _synthetic(model: Any, tasks: int, directions: int, rank: int) -> Any:
         up = torch.linalg.qr(torch.randn(d_out, min(directions, d_out)))[0].mT
         down = torch.linalg.qr(torch.randn(d_in, min(directions, d_in)))[0].mT
         layer = Layer.new(module, up, down, tasks)
-        for part in ("left", "right"):
-            layer.recode(**{part: "int8"})
+        layer.recode(left="int8", right="int8")
         scale = 0.02 / rank
         codes = [
             coded(torch.randn(rank, len(up)) * scale, torch.randn(rank, len(down)), (d_out, d_in))
@@ -98,7 +98,8 @@ def memory(options: argparse.Namespace) -> None:
     fleet = _synthetic(model, options.tasks, options.directions, options.rank)
     served = MultiTaskModel(model, fleet, budget_bytes=options.budget * 2**20)
     batch = _batch(tokenizer, options.rows, 16)
-    cold, warm = [], []
+    cold: list[float] = []
+    warm: list[float] = []
     generator = torch.Generator().manual_seed(1)
     for _ in range(options.repeats):
         chosen = torch.randperm(options.tasks, generator=generator)[: options.rows].tolist()

@@ -407,7 +407,8 @@ def test_past_the_refresh_of_the_shadow(tmp_path: Path) -> None:
         got = shadow["U"].double() @ shadow["V"].double().mT
         assert float((got - dense).norm() / dense.norm()) < 1e-4
     # Twice the adapter in the checkpoint, not d / r times; nothing of a batch rides along.
-    adapter = sum(p.numel() * p.itemsize for p in trainer.model.parameters() if p.requires_grad)
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    adapter = sum(p.numel() * p.itemsize for p in trained)
     tensors = [t for one in rule["shadows"].values() for t in one.values()]
     assert sum(t.numel() * t.itemsize for t in tensors) <= 2 * adapter + 16 * len(rule["shadows"])
     assert all(t.untyped_storage().nbytes() == t.numel() * t.itemsize for t in tensors)

@@ -327,7 +327,8 @@ def common_residual(A: Tensor, B: Tensor, mu: float) -> float:
 
     def onto(matrix: Any) -> Any:  # the projector onto its range
         u, s, _ = np.linalg.svd(matrix)
-        u = u[:, : int((s > 1e-6 * max(np.linalg.norm(matrix), 1e-30)).sum())]
+        rank = int((s > 1e-6 * max(float(np.linalg.norm(matrix)), 1e-30)).sum())
+        u = np.asarray(u)[:, :rank]
         return u @ u.T
 
     within = onto(onto(b.T) @ a)

@@ -138,9 +138,13 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         TaskRouter.load(tmp_path / "router", llama(seed=1), Letters())
     with pytest.raises(errors.AdapterFileError):
         TaskRouter.load(tmp_path / "nothing", llama(), Letters())
-    for number, change in enumerate(
-        [{"format": 9}, {"classes": ["a"]}, {"classes": ["a", "a", "b"]}, {"threshold": 2}]
-    ):
+    changes: list[dict[str, Any]] = [
+        {"format": 9},
+        {"classes": ["a"]},
+        {"classes": ["a", "a", "b"]},
+        {"threshold": 2},
+    ]
+    for number, change in enumerate(changes):
         folder = tmp_path / f"bad{number}"
         shutil.copytree(tmp_path / "router", folder)
         values = json.loads((folder / "router.json").read_text())
