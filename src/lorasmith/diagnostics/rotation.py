@@ -200,7 +200,7 @@ def _warn_of_blocks(before: Side, after: Side) -> None:
             warnings.warn(
                 f"{side.weights.label} is quantised ({', '.join(side.weights.quantised)}), and the "
                 "other side is not the same file: the angles hold what quantising did to the "
-                "weights (some 4° at 4 bits, 0.3° at 8), and the noise floor does not.",
+                "weights (4° to 5° at 4 bits, 0.3° at 8), and the noise floor does not.",
                 UserWarning,
                 stacklevel=3,
             )
