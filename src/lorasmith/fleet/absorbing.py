@@ -52,8 +52,8 @@ def absorb_joint(
     for place, layer in enumerate(layers):
         lefts, rights = [], []
         up, down = orthonormal(layer.up.unpack()), orthonormal(layer.down.unpack())
-        for n in range(len(old)):
-            left, right = layer.wide(layer.code(n))
+        for code in layer.codes():
+            left, right = layer.wide(code)
             if left.shape[0] > right.shape[1]:
                 left, right = right.mT @ left, torch.eye(right.shape[1])
             lefts.append(left.to(torch.float64) @ up[1])
@@ -136,7 +136,8 @@ def absorb_share(
         rows_B: list[Tensor] = []
         who: list[int] = []
         who.extend(n for n in range(len(old)) if layer.has(n))
-        codes = [layer.code(n) for n in who]
+        present = layer.codes()
+        codes = [present[n] for n in who]
         for k, member in enumerate(members):
             if layer.module not in member.modules:
                 continue
@@ -239,45 +240,31 @@ class _Turned:
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Cores [N, r, R] filled up with rows of zeros."""
-        r = max(1, *self.sizes) if self.sizes else 1
-        found = []
-        for rows in (self.state.left, self.state.right):
-            wide, start = rows.new_zeros(len(self.sizes), r, rows.shape[1]), 0
-            for n, size in enumerate(self.sizes):
-                wide[n, :size] = rows[start : start + size]
-                start += size
-            found.append(wide)
-        return found[0], found[1]
+        left, right = (
+            incremental.padded(x, self.sizes) for x in (self.state.left, self.state.right)
+        )
+        return left, right
 
     def layer(self, old: Layer, a: int, b: int, count: int) -> Layer:
         """The layer anew, its basis cut to (a, b)."""
         up, down = self.state.up[:a].float(), self.state.down[:b].float()
         made = Layer.new(old.module, up, down, len(self.sizes))
-        codes, start = [], 0
+        left, right = (rows[..., :k] for rows, k in zip(self.padded(), (a, b), strict=True))
+        right, left = share.balance(right, left)
+        before = old.codes()
+        codes = []
         for n, size in enumerate(self.sizes):
             if not size and not (n < count and old.has(n)):
                 codes.append(absent(made.sizes, (a, b)))
                 continue
-            left = self.state.left[start : start + size, :a]
-            right = self.state.right[start : start + size, :b]
-            start += size
-            if left.shape[0] > min(a, b):
-                right, left = _compact(left, right)
-            right, left = share.balance(right, left)
-            code = coded(left.float(), right.float(), made.sizes)
+            rank = min(size, a, b)
+            code = coded(left[n, :rank].float(), right[n, :rank].float(), made.sizes)
             if n < count:
-                was = old.code(n)
+                was = before[n]
                 code = replace(code, residual_up=was.residual_up, residual_down=was.residual_down)
             codes.append(code)
         made.refill(codes)
         return made
-
-
-def _compact(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """(right, left) of no more rows than the core has columns."""
-    if left.shape[1] <= right.shape[1]:
-        return left.mT @ right, torch.eye(left.shape[1], dtype=left.dtype)
-    return torch.eye(right.shape[1], dtype=left.dtype), right.mT @ left
 
 
 def _share_side(

@@ -14,14 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
+from lorasmith.core.config import LowRankConfig
+from lorasmith.errors import AdapterFileError
 from lorasmith.fleet import joint, share
 from lorasmith.fleet.codes import ABSENT, DIAGONAL, FACTORED, FULL, LOADINGS, Code, Layer
 from lorasmith.fleet.members import Member
+from lorasmith.io import peft
 
 __all__ = [
     "Built",
@@ -112,9 +115,10 @@ class Stacks:
         self._kept: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
         #: ‖ΔW‖² [N, L].
         self.energy = torch.zeros(len(members), len(self.modules), dtype=torch.float64)
+        self._roots: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
         for number, chunk in enumerate(self.chunks):
-            A, B = self.read(chunk)
-            self.energy[:, self.places(chunk)] = joint.norms(A, B).mT
+            T, R = self.roots(chunk)
+            self.energy[:, self.places(chunk)] = (R.mT @ T).square().sum((-2, -1)).mT
             self.tell("read", number + 1, len(self.chunks))
 
     def places(self, chunk: Sequence[str]) -> list[int]:
@@ -160,17 +164,48 @@ class Stacks:
         for n, member in enumerate(self.members):
             for i, module in enumerate(chunk):
                 if module in self._has[n]:
-                    found = member.factors(module)
-                    A[i, n, : found.rank] = found.A
-                    B[i, n, : found.rank] = found.B.mT
+                    own_A, own_B = _factors(member, module)
+                    A[i, n, : len(own_A)] = own_A
+                    B[i, n, : len(own_A)] = own_B.mT
+        for n, i in (~(_finite(A) & _finite(B))).nonzero().flip(-1).tolist():
+            self.members[n].factors(chunk[i])  # names file and tensor
+            raise AdapterFileError(
+                f"A factor of the adapter {self.members[n].id!r} is not finite.", key=chunk[i]
+            )
         if self._keep:
             self._kept[chunk] = (A, B)
         return A, B
+
+    def roots(self, chunk: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """:func:`lorasmith.fleet.joint.factor_root` of A and of B, [L, N, r, r]."""
+        if chunk in self._roots:
+            return self._roots[chunk]
+        A, B = self.read(chunk)
+        found = joint.factor_root(A), joint.factor_root(B)
+        if self._keep:
+            self._roots[chunk] = found
+        return found
 
     def __iter__(self) -> Iterator[tuple[tuple[str, ...], list[int], Tensor, Tensor]]:
         """(modules, their places, A, B) for each stack."""
         for chunk in self.chunks:
             yield chunk, self.places(chunk), *self.read(chunk)
+
+
+def _factors(member: Member, module: str) -> tuple[Tensor, Tensor]:
+    """A and scaled B; values of plain files are not checked one by one."""
+    weights = member.weights
+    if weights.variant.name in ("lora", "dora") and not weights.frozen:
+        key = f"{peft.PREFIX}{module}.lora_"
+        A, B = weights.tensors[f"{key}A.weight"], weights.tensors[f"{key}B.weight"]
+        return A.float(), B.float() * cast("LowRankConfig", weights.config).scaling_of(module)
+    found = member.factors(module)
+    return found.A, found.B
+
+
+def _finite(X: Tensor) -> Tensor:
+    """Whether all of [L, N, r, d] is finite, [L, N]: the sum of what is not is not."""
+    return torch.isfinite(X.sum((-2, -1)))
 
 
 def absent(sizes: tuple[int, int], columns: tuple[int, int]) -> Code:
@@ -231,7 +266,7 @@ def build_joint(
     target: Target,
     *,
     relative: bool = True,
-    sweeps: int = 1,
+    sweeps: int = 0,
     diagonal: bool = False,
 ) -> Built:
     """The joint basis and all cores.
@@ -250,9 +285,10 @@ def build_joint(
     for number, (chunk, places, A, B) in enumerate(stacks):
         scaled = B * unit.to(B.dtype)[None, :, None, None]
         energy = stacks.energy[:, places].mT * unit.square()
-        made = _options(
-            A, scaled, energy, stacks.ranks[:, places].mT, total * unit.square(), target
-        )
+        T, R = stacks.roots(chunk)
+        roots = T, R * unit[None, :, None, None]
+        own = stacks.ranks[:, places].mT
+        made = _options(A, scaled, roots, energy, own, total * unit.square(), target)
         options.update(zip(chunk, made, strict=True))
         stacks.tell("bases", number + 1, len(stacks.chunks))
     ordered = [options[m] for m in stacks.modules]
@@ -284,7 +320,13 @@ def _grid(most: int) -> list[int]:
 
 
 def _options(
-    A: Tensor, B: Tensor, energy: Tensor, ranks: Tensor, total: Tensor, target: Target
+    A: Tensor,
+    B: Tensor,
+    roots: tuple[Tensor, Tensor],
+    energy: Tensor,
+    ranks: Tensor,
+    total: Tensor,
+    target: Target,
 ) -> list[_Options]:
     """The bases of a stack of layers and the losses at all numbers of directions tried."""
     L, N, r, d_in = A.shape
@@ -292,7 +334,7 @@ def _options(
     full = min(N * r, max(d_in, d_out))
     most = target.components or min(full, _FIRST)
     while True:
-        up, down = joint.basis(A, B, most)
+        up, down = joint.basis(A, B, most, roots)
         left, right = joint.project(up, down, A, B)
         reach = joint.lost(left, right, energy, [up.shape[1]], [down.shape[1]])[..., 0, 0]
         if most >= full or target.components:
@@ -480,13 +522,18 @@ def build_share(
     unit = _unit(total) if relative else torch.ones_like(total)
     r = max(stacks.rank(chunk) for chunk in stacks.chunks)
     made: dict[str, _Components] = {}
-    root = unit.sqrt().to(torch.float32)[None, :, None, None]
+    wide = unit.sqrt()[None, :, None, None]
+    root = wide.to(torch.float32)
     for number, (chunk, places, A, B) in enumerate(stacks):
-        A, B = A * root, B * root
-        if gauge != "stored":
-            A, B = share.balance(A, B)
-        if gauge == "aligned":
-            A, B = share.align(A, B)
+        if gauge == "stored":
+            A, B = A * root, B * root
+        else:
+            M, N = share.balancing(*stacks.roots(chunk))
+            if gauge == "aligned":
+                M, N = share.aligning(A, B, M * wide, N * wide)
+            else:
+                M, N = M * wide, N * wide
+            A, B = M.to(A.dtype) @ A, N.to(B.dtype) @ B
         more = r - A.shape[2]
         if more:
             A = torch.nn.functional.pad(A, (0, 0, 0, more))
@@ -495,13 +542,15 @@ def build_share(
         mean_A, rows_A, load_A, var_A = share.components(A.flatten(2), present, target.components)
         mean_B, rows_B, load_B, var_B = share.components(B.flatten(2), present, target.components)
         most = max(rows_A.shape[1], rows_B.shape[1])
+        rows_A, load_A = _filled(rows_A, load_A, most)
+        rows_B, load_B = _filled(rows_B, load_B, most)
         energy = stacks.energy[:, places].mT * unit.square()
         ks = _share_grid(most, var_A, var_B, target)
         losses = []
         for k in ks:
             hat_A = (mean_A.unsqueeze(1) + load_A[..., :k] @ rows_A[:, :k]).view_as(A)
             hat_B = (mean_B.unsqueeze(1) + load_B[..., :k] @ rows_B[:, :k]).view_as(B)
-            gone = share.distance(A, B, hat_A, hat_B)
+            gone = share.loss(A, B, hat_A, hat_B, energy)
             losses.append(torch.where(present, gone, energy * 0))
         table = torch.stack(losses, -1)  # [L, N, options]
         for i, module in enumerate(chunk):
@@ -532,6 +581,13 @@ def build_share(
         layers.append(_share_layer(module, one, k, r, scale, stacks, place))
         lost[:, place] = one.lost[:, c] / unit.square()
     return Built(layers, lost)
+
+
+def _filled(rows: Tensor, loadings: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Components of zero at the end, where the other factor has more of them."""
+    more = most - rows.shape[1]
+    pad = torch.nn.functional.pad
+    return pad(rows, (0, 0, 0, more)), pad(loadings, (0, more))
 
 
 def _share_grid(most: int, var_A: Tensor, var_B: Tensor, target: Target) -> list[int]:

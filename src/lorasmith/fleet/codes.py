@@ -30,6 +30,8 @@ ABSENT, FULL, FACTORED, DIAGONAL, LOADINGS = range(5)
 
 #: The parts of a layer that hold numbers.
 PARTS = ("up", "down", "left", "right", "residual_up", "residual_down")
+#: Which column of the index counts the rows of a part.
+_COLUMNS = {"left": 1, "right": 2, "residual_up": 3, "residual_down": 3}
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +121,15 @@ class Layer:
             self.residual_down.take(*rest).unpack(),
         )
 
+    def codes(self) -> list[Code]:
+        """What all adapters have here; the rows are unpacked together."""
+        sizes = self.index.T.tolist()
+        parts = [
+            torch.split(getattr(self, name).unpack(), sizes[column])
+            for name, column in _COLUMNS.items()
+        ]
+        return [Code(kind, *values) for kind, *values in zip(sizes[0], *parts, strict=True)]
+
     def put(self, number: int, code: Code) -> None:
         """Replaces what an adapter has here."""
         new = {
@@ -163,7 +174,7 @@ class Layer:
 
     def drop(self, number: int) -> None:
         """Takes an adapter out."""
-        for name, column in (("left", 1), ("right", 2), ("residual_up", 3), ("residual_down", 3)):
+        for name, column in _COLUMNS.items():
             setattr(self, name, getattr(self, name).without(*self._span(number, column)))
         self.index = torch.cat((self.index[:number], self.index[number + 1 :]))
 
@@ -189,16 +200,16 @@ class Layer:
         return left, right
 
     def rows(
-        self, number: int, up: Tensor | None = None, down: Tensor | None = None
+        self, which: int | Code, up: Tensor | None = None, down: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """A [k, d_in] and the columns of B as rows [k, d_out], residual included.
 
         Args:
-            number: The adapter.
+            which: The adapter, or its code.
             up: The basis unpacked, if it is at hand.
             down: Likewise.
         """
-        code = self.code(number)
+        code = which if isinstance(which, Code) else self.code(which)
         left, right = self.wide(code)
         up = self.up.unpack() if up is None else up
         down = self.down.unpack() if down is None else down

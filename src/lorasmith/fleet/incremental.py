@@ -26,7 +26,6 @@ form, left [r, R_u] and right [r, R_d] with C = leftᵀ right, of all adapters b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +40,7 @@ __all__ = [
     "coordinates",
     "extend",
     "orthonormal",
+    "padded",
     "rotate",
     "scatter",
     "share_rotate",
@@ -115,6 +115,20 @@ def extend(old: Turned, A: Tensor, B: Tensor) -> Turned:
     )
 
 
+def padded(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """[N, r, R]: the rows of each adapter [n, R], filled up with zeros.
+
+    Args:
+        rows: [n, R], of all adapters below each other.
+        sizes: Rows of each adapter; they add up to n.
+    """
+    counts = torch.tensor(list(sizes), dtype=torch.int64)
+    r = max([1, *sizes])
+    wide = rows.new_zeros(len(counts), r, rows.shape[1])
+    wide[torch.arange(r) < counts.unsqueeze(1)] = rows
+    return wide
+
+
 def scatter(
     left: Tensor, right: Tensor, sizes: Sequence[int], weights: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -126,18 +140,10 @@ def scatter(
         sizes: Rows of each adapter; they add up to n.
         weights: [N], on squared norms.
     """
-    left, right = left.to(torch.float64), right.to(torch.float64)
-    ups, downs = [], []
-    start = 0
-    for size, weight in zip(sizes, weights.tolist(), strict=True):
-        one, other = left[start : start + size], right[start : start + size]
-        start += size
-        if size:
-            w = math.sqrt(weight)
-            ups.append(w * root(other @ other.mT).mT @ one)
-            downs.append(w * root(one @ one.mT).mT @ other)
-    X = torch.cat(ups) if ups else left[:0]
-    Y = torch.cat(downs) if downs else right[:0]
+    one, other = (padded(rows.to(torch.float64), sizes) for rows in (left, right))
+    scale = weights.to(one).sqrt()[:, None, None]
+    X = (scale * (root(other @ other.mT).mT @ one)).flatten(0, 1)
+    Y = (scale * (root(one @ one.mT).mT @ other)).flatten(0, 1)
     return X.mT @ X, Y.mT @ Y
 
 

@@ -35,12 +35,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["basis", "choose", "lost", "norms", "project", "root", "sweep"]
+__all__ = ["basis", "choose", "factor_root", "gram", "lost", "norms", "project", "root", "sweep"]
 
 #: Eigenvalues below this share of the largest are rounding.
 _NOISE = 1e-13
 #: Columns beyond those wanted, and passes, of the block iteration.
 _MORE, _PASSES = 16, 3
+#: Columns that are multiplied at once in float32.
+_COLUMNS = 1024
+#: Ratio of a root's diagonal entries below which float32 products do not do.
+_SKEWED = 0.03
 
 
 def root(G: Tensor) -> Tensor:
@@ -60,21 +64,38 @@ def root(G: Tensor) -> Tensor:
 
 
 def gram(X: Tensor) -> Tensor:
-    """X Xᵀ of rows [..., n, d], multiplied in X's precision and added up in float64.
+    """X Xᵀ of rows [..., n, d] in float64.
 
-    float32 products run over 256 columns at most, so that what float32 adds up wrongly stays
-    below 10⁻⁶ of the largest entry.
+    float32 rows are multiplied in float32, at most 1,024 columns at a time, and the products
+    added up in float64: right to 10⁻⁶ of the largest entry. Few columns are widened first.
     """
-    if X.dtype == torch.float64 or X.shape[-1] <= 256:
+    if X.dtype == torch.float64 or X.shape[-1] <= 64:
         wide: Tensor = X.to(torch.float64)
         return wide @ wide.mT
     total: Tensor | None = None
-    for start in range(0, X.shape[-1], 256):
-        part = X[..., start : start + 256]
+    for start in range(0, X.shape[-1], _COLUMNS):
+        part = X[..., start : start + _COLUMNS]
         product = (part @ part.mT).to(torch.float64)
         total = product if total is None else total.add_(product)
     assert total is not None
     return total
+
+
+def factor_root(X: Tensor) -> Tensor:
+    """T [..., r, r] with T Tᵀ = X Xᵀ for factors X [..., r, d], float64.
+
+    Of factors with very unequal rows (an adapter in a skewed gauge has them, and what one factor
+    has too little of the other has too much) the products are made in float64.
+    """
+    T = root(gram(X))
+    if X.dtype == torch.float64 or X.shape[-1] <= 64:
+        return T
+    diagonal = T.diagonal(dim1=-2, dim2=-1).abs()
+    skewed = diagonal.amin(-1) < _SKEWED * diagonal.amax(-1)
+    if bool(skewed.any()):
+        T = T.clone()
+        T[skewed] = root(gram(X[skewed].to(torch.float64)))
+    return T
 
 
 def norms(A: Tensor, B: Tensor) -> Tensor:
@@ -84,26 +105,37 @@ def norms(A: Tensor, B: Tensor) -> Tensor:
     return found.clamp_min(0)
 
 
-def basis(A: Tensor, B: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
+def basis(
+    A: Tensor, B: Tensor, most: int | None = None, roots: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """The leading common directions of ΔW_i on each layer, most important first.
 
     Args:
         A: [L, N, r, d_in].
         B: [L, N, r, d_out].
         most: Number of directions to compute; all that are above rounding by default.
+        roots: :func:`factor_root` of A and of B, if they are at hand.
 
     Returns:
         ``up`` [L, k, d_out] and ``down`` [L, k', d_in], float32, orthonormal rows; on layers
         with fewer directions the last rows are zero.
     """
-    return _side(A, B, most), _side(B, A, most)
+    T, S = (factor_root(A), factor_root(B)) if roots is None else roots
+    return _side(T, B, most), _side(S, A, most)
 
 
-def _side(inner: Tensor, outer: Tensor, most: int | None) -> Tensor:
-    """Leading directions of Σ outerᵀ (inner innerᵀ) outer, as rows [L, k, d]."""
-    T = root(gram(inner))
-    X = T.mT @ outer.to(torch.float64)  # [L, N, r, d]
+def _side(T: Tensor, outer: Tensor, most: int | None) -> Tensor:
+    """Leading directions of Σ outerᵀ T Tᵀ outer, as rows [L, k, d]."""
+    _, N, r, d = outer.shape
+    kind = outer.dtype if _few(N * r, d, most) else torch.float64
+    X = T.mT.to(kind) @ outer.to(kind)
     return _leading(X.flatten(1, 2), most).to(torch.float32)
+
+
+def _few(n: int, d: int, most: int | None) -> bool:
+    """Whether so few of min(n, d) directions are wanted that block iteration is faster."""
+    full = min(n, d)
+    return (full if most is None else min(most, full)) + _MORE < full // 3
 
 
 def _leading(X: Tensor, most: int | None) -> Tensor:
@@ -111,7 +143,7 @@ def _leading(X: Tensor, most: int | None) -> Tensor:
     n, d = X.shape[1:]
     full = min(n, d)
     wanted = full if most is None else min(most, full)
-    if wanted + _MORE < full // 3:
+    if _few(n, d, most):
         rows, values = _block(X, wanted)
     elif n < d:
         values, vectors = torch.linalg.eigh(X @ X.mT)
@@ -140,7 +172,9 @@ def _block(X: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
     Q = torch.linalg.qr(X.mT @ (X @ start.to(X.device)))[0]
     for _ in range(_PASSES - 1):
         Q = torch.linalg.qr(X.mT @ (X @ Q))[0]
-    S = X @ Q
+    # The iteration corrects what float32 rounds; what it ends with is made exact.
+    Q = torch.linalg.qr(Q.to(torch.float64))[0]
+    S = (X @ Q.to(X.dtype)).to(torch.float64)
     values, vectors = torch.linalg.eigh(S.mT @ S)
     rows = (Q @ vectors.flip(-1)[..., :wanted]).mT
     return rows, values.flip(-1)[:, :wanted]
@@ -171,9 +205,9 @@ def sweep(up: Tensor, down: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tenso
     """
     L, N, r, _ = A.shape
     right = (A.flatten(1, 2) @ down.mT).view(L, N, r, -1)
-    new_up = _side(right, B, up.shape[1])
+    new_up = _side(factor_root(right), B, up.shape[1])
     left = (B.flatten(1, 2) @ new_up.mT).view(L, N, r, -1)
-    return new_up, _side(left, A, down.shape[1])
+    return new_up, _side(factor_root(left), A, down.shape[1])
 
 
 def lost(

@@ -33,19 +33,42 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorasmith.fleet.joint import gram, root
+from lorasmith.fleet.joint import factor_root, gram
 
-__all__ = ["align", "balance", "components", "distance", "flatten", "turn"]
+__all__ = [
+    "align",
+    "aligning",
+    "balance",
+    "balancing",
+    "components",
+    "distance",
+    "flatten",
+    "loss",
+    "turn",
+]
 
 #: Eigenvalues below this share of the largest are rounding.
 _NOISE = 1e-12
 
 
+def balancing(T: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+    """What brings factors into the balanced gauge: A' = M A, B' = N B.
+
+    With A Aᵀ = T Tᵀ, Bᵀ B = R Rᵀ and Rᵀ T = P S Z: M = S^-½ Pᵀ Rᵀ and N = S^-½ Z Tᵀ (B as
+    rows). Directions in which B A has rounding only become zero.
+
+    Args:
+        T: [..., r, r], :func:`lorasmith.fleet.joint.factor_root` of A.
+        R: That of B.
+    """
+    P, S, Z = torch.linalg.svd(R.mT @ T)
+    keep = (1e-7 * S[..., :1] < S) & (S > 0)
+    scale = (torch.where(keep, S, torch.ones_like(S)).rsqrt() * keep).unsqueeze(-1)
+    return scale * P.mT @ R.mT, scale * Z @ T.mT
+
+
 def balance(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """The balanced gauge: the same B A with A Aᵀ = Bᵀ B diagonal and falling.
-
-    With A Aᵀ = T Tᵀ, Bᵀ B = R Rᵀ and Rᵀ T = P S Z the new factors are A' = S^-½ Pᵀ Rᵀ A and
-    B' = B T Zᵀ S^-½; directions in which B A has rounding only become zero.
 
     Args:
         A: [..., r, d_in].
@@ -54,13 +77,8 @@ def balance(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Both in the dtype given.
     """
-    T, R = root(gram(A)), root(gram(B))
-    P, S, Z = torch.linalg.svd(R.mT @ T)
-    keep = (1e-7 * S[..., :1] < S) & (S > 0)
-    scale = torch.where(keep, S, torch.ones_like(S)).rsqrt() * keep
-    new_A = (scale.unsqueeze(-1) * P.mT @ R.mT).to(A.dtype) @ A
-    new_B = (scale.unsqueeze(-1) * Z @ T.mT).to(B.dtype) @ B
-    return new_A, new_B
+    M, N = balancing(factor_root(A), factor_root(B))
+    return M.to(A.dtype) @ A, N.to(B.dtype) @ B
 
 
 def turn(A: Tensor, B: Tensor, like_A: Tensor, like_B: Tensor) -> Tensor:
@@ -75,29 +93,58 @@ def turn(A: Tensor, B: Tensor, like_A: Tensor, like_B: Tensor) -> Tensor:
     return Q
 
 
-def align(A: Tensor, B: Tensor, *, sweeps: int = 3) -> tuple[Tensor, Tensor]:
-    """Turns all adapters of each layer to their common mean (generalised Procrustes analysis).
+def aligning(
+    A: Tensor, B: Tensor, M: Tensor, N: Tensor, *, sweeps: int = 3
+) -> tuple[Tensor, Tensor]:
+    """What turns all adapters of each layer to their common mean (generalised Procrustes analysis).
 
-    Starts at the largest adapter of the highest rank; every sweep lowers Σ ‖Q_i Z_i − mean‖² or
-    leaves it. B A of every adapter stays what it was.
+    Starts at the largest adapter of the highest rank; every sweep lowers
+    Σ ‖Q_i (M_i A_i, N_i B_i) − mean‖² or leaves it.
 
     Args:
-        A: [L, N, r, d_in], balanced.
+        A: [L, N, r, d_in].
+        B: [L, N, r, d_out].
+        M: [L, N, r, r] with M A balanced, float64.
+        N: [L, N, r, r] with N B balanced.
+        sweeps: How often the mean is computed anew.
+
+    Returns:
+        Q M and Q N.
+    """
+    # One of the highest rank: on what a reference does not have nothing would be determined.
+    ranks = (M != 0).any(-1).sum(-1)
+    size = (M.to(A.dtype) @ A).square().sum((2, 3))
+    part = size / (2 * size.amax(1, keepdim=True)).clamp_min(torch.finfo(size.dtype).tiny)
+    first = (ranks + part).argmax(1)
+    layers = torch.arange(A.shape[0], device=A.device)
+    for number in range(sweeps):
+        product = None
+        for X, turned in ((A, M), (B, N)):
+            T = turned.to(X.dtype)
+            if number:
+                mean = T.transpose(1, 2).flatten(2) @ X.flatten(1, 2)
+            else:
+                mean = T[layers, first] @ X[layers, first]
+            inner = (X.flatten(1, 2) @ mean.mT).view(*X.shape[:3], -1).to(torch.float64)
+            product = inner.mT @ turned.mT if product is None else product + inner.mT @ turned.mT
+        assert product is not None
+        P, _, Z = torch.linalg.svd(product)
+        Q = P @ Z
+        M, N = Q @ M, Q @ N
+    return M, N
+
+
+def align(A: Tensor, B: Tensor, *, sweeps: int = 3) -> tuple[Tensor, Tensor]:
+    """:func:`aligning` of factors that are balanced already; B A of every adapter stays.
+
+    Args:
+        A: [L, N, r, d_in].
         B: [L, N, r, d_out].
         sweeps: How often the mean is computed anew.
     """
-    # One of the highest rank: on what a reference does not have nothing would be determined.
-    rows = A.square().sum(3)
-    size = rows.sum(2)
-    first = ((rows > 0).sum(2) + size / (2 * size.amax(1, keepdim=True)).clamp_min(1e-30)).argmax(1)
-    layers = torch.arange(A.shape[0], device=A.device)
-    mean_A, mean_B = A[layers, first].unsqueeze(1), B[layers, first].unsqueeze(1)
-    for number in range(sweeps):
-        if number:
-            mean_A, mean_B = A.mean(1, keepdim=True), B.mean(1, keepdim=True)
-        Q = turn(A, B, mean_A, mean_B).to(A.dtype)
-        A, B = Q @ A, Q @ B
-    return A, B
+    rows = torch.diag_embed((A != 0).any(-1).to(torch.float64))
+    M, N = aligning(A, B, rows, rows, sweeps=sweeps)
+    return M.to(A.dtype) @ A, N.to(B.dtype) @ B
 
 
 def flatten(A: Tensor) -> Tensor:
@@ -120,14 +167,16 @@ def components(
         loadings [L, N, K], zero where absent; the variance of each component [L, K]
         (squared singular values, float64).
     """
-    N = X.shape[1]
     here = present.to(X.dtype).unsqueeze(-1)
     count = here.sum(1).clamp_min(1)
     mean = (X * here).sum(1) / count
     # Centred without a centred copy: G − 1 gᵀ − g 1ᵀ + ḡ would cancel; the copy is exact.
-    Y = (X - mean.unsqueeze(1)) * here
+    Y = X - mean.unsqueeze(1)
+    if not bool(present.all()):
+        Y = Y * here
     values, vectors = torch.linalg.eigh(gram(Y))
-    wanted = N if most is None else min(most, N)
+    wanted = max(0, int(count.max()) - 1)
+    wanted = wanted if most is None else min(most, wanted)
     values, vectors = values.flip(-1)[:, :wanted], vectors.flip(-1)[..., :wanted]
     keep = (values > _NOISE * values[:, :1]) & (values > 0)
     singular = torch.where(keep, values.clamp_min(0), 0.0).sqrt()
@@ -150,3 +199,22 @@ def distance(A: Tensor, B: Tensor, other_A: Tensor, other_B: Tensor) -> Tensor:
     wide_A = torch.cat((A, other_A), dim=-2)
     wide_B = torch.cat((B, -other_B), dim=-2)
     return (gram(wide_A) * gram(wide_B)).sum((-2, -1)).clamp_min(0)
+
+
+def loss(A: Tensor, B: Tensor, other_A: Tensor, other_B: Tensor, energy: Tensor) -> Tensor:
+    """:func:`distance` in float32 where it is a difference that float32 can tell.
+
+    Args:
+        A: [L, N, r, d_in].
+        B: [L, N, r, d_out].
+        other_A: [L, N, r, d_in].
+        other_B: [L, N, r, d_out].
+        energy: ‖B A‖² [L, N].
+    """
+    cross = ((A @ other_A.mT) * (B @ other_B.mT)).sum((-2, -1), dtype=torch.float64)
+    held = ((other_A @ other_A.mT) * (other_B @ other_B.mT)).sum((-2, -1), dtype=torch.float64)
+    found = (energy - 2 * cross + held).clamp_min(0)
+    near = found < 1e-3 * energy
+    if bool(near.any()):
+        found[near] = distance(A[near], B[near], other_A[near], other_B[near])
+    return found

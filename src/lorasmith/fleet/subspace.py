@@ -140,7 +140,7 @@ class SharedSubspace:
         per_layer: bool = True,
         relative: bool = True,
         core: Literal["full", "diagonal"] = "full",
-        sweeps: int = 1,
+        sweeps: int = 0,
         gauge: Gauge = "aligned",
         memory: int = MEMORY,
         allow_base_mismatch: bool = False,
@@ -162,7 +162,8 @@ class SharedSubspace:
             per_layer: Whether layers may differ in their number of directions.
             relative: Whether every adapter counts alike; else by ‖ΔW‖².
             core: For the joint basis: all of C_i, or its diagonal only.
-            sweeps: Alternating improvements of the joint basis.
+            sweeps: Alternating improvements of the joint basis. On real adapters one lowers the
+                mean error by 2 to 5 % and takes as long as all the rest.
             gauge: What is done to factors for the Share basis (for comparisons).
             memory: Bytes that factors may take at a time; where all take more they are read
                 from their files again for each step.
@@ -893,7 +894,7 @@ class SharedSubspace:
                 got=f"up {list(up.shape)} and down {list(down.shape)}",
                 key=module,
             )
-        codes = [layer.code(n) for n in range(len(self))]
+        codes = layer.codes()
         more_up, more_down = len(rows_up) // layer.width, len(rows_down) // layer.width
         pad = torch.nn.functional.pad
         wide = []
@@ -955,8 +956,8 @@ class SharedSubspace:
     def _requantise(self, layer: Layer, codecs: Mapping[str, Codec]) -> Tensor:
         """Squared distances [N] that the adapters move."""
         old_up, old_down = layer.up.unpack(), layer.down.unpack()
-        old = [layer.rows(n, old_up, old_down) for n in range(len(self))]
-        codes = [layer.code(n) for n in range(len(self))]
+        codes = layer.codes()
+        old = [layer.rows(code, old_up, old_down) for code in codes]
         layer.recode(up=codecs["up"], down=codecs["down"])
         new_up, new_down = layer.up.unpack(), layer.down.unpack()
         fit_up = _refit(old_up, new_up, layer.width)
@@ -973,9 +974,9 @@ class SharedSubspace:
             fitted.append(code)
         layer.fill(fitted)
         moved = torch.zeros(len(self), dtype=torch.float64)
-        for n, (A, B) in enumerate(old):
+        for n, ((A, B), code) in enumerate(zip(old, layer.codes(), strict=True)):
             if len(A):
-                now_A, now_B = layer.rows(n, new_up, new_down)
+                now_A, now_B = layer.rows(code, new_up, new_down)
                 moved[n] = share.distance(A, B, now_A, now_B)
         return moved
 
