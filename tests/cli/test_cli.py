@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cyclopts import App
 
 import lorasmith as ls
 from lorasmith.cli import main
@@ -418,5 +419,18 @@ def test_the_list_of_commands_says_what_each_says_of_itself() -> None:
 
     for name, (function, summary) in COMMANDS.items():
         module, _, attribute = function.partition(":")
-        doc = getattr(import_module(module), attribute).__doc__
-        assert doc.strip().splitlines()[0] == summary, name
+        found = getattr(import_module(module), attribute)
+        says = found.help if isinstance(found, App) else found.__doc__  # an App has commands
+        assert says.strip().splitlines()[0] == summary, name
+
+
+def test_the_commands_on_fleets_say_what_they_do() -> None:
+    from lorasmith.cli.fleet import app
+
+    names = [name for name in app if not name.startswith("-")]
+    assert {"analyze", "compress", "add", "remove", "export", "route", "validate"} <= set(names)
+    for name in names:
+        command = app[name]
+        function = command.default_command
+        assert function is not None, name
+        assert (function.__doc__ or "").strip().splitlines()[0] == command.help, name

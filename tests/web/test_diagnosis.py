@@ -46,7 +46,7 @@ def test_the_page_says_what_it_means_and_what_the_verdict_is_worth(tmp_path: Pat
     assert "18.93" in text
     for heading in ("Rotation", "Classes", "What is still known", "Spectrum", "Head diversity"):
         assert heading in text
-    assert "model.vision.patch a convolution" in text
+    assert "model.vision.patch another shape" in text
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ COMMANDS = {
     ),
     "merge": (
         "lorasmith.cli.merge:merge",
-        "Merge adapters into one, in what they do to the weights; score it, search weights.",
+        "Merge adapters of one base model into one plain LoRA, and say what it costs.",
     ),
     "fleet": (
         "lorasmith.cli.fleet:app",

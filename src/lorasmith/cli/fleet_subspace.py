@@ -259,7 +259,7 @@ def export(
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     common: CommonOptions = Common(),  # noqa: B008
 ) -> int:
-    """Write an adapter of a compressed fleet as a directory that PEFT and vLLM load.
+    """Write an adapter of a compressed fleet as a directory that PEFT loads.
 
     Parameters
     ----------

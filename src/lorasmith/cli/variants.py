@@ -104,7 +104,8 @@ def describe(
         "parameters": None,
         "fuses": variant.fusable,
         "quantized_base": None,
-        "peft": bool(variant.peft_fields),
+        # Its own kind there, or one that it can be read as.
+        "peft": bool(variant.peft_fields) or variant.peft_type == "LORA",
         # Anything can serve rows of one batch; these do so in one product for all adapters.
         "rows_in_one_pass": kind.affine is not Base.affine or kind.factors is not Base.factors,
         "needs_calibration": None,
