@@ -433,4 +433,5 @@ def test_the_commands_on_fleets_say_what_they_do() -> None:
         command = app[name]
         function = command.default_command
         assert function is not None, name
-        assert (function.__doc__ or "").strip().splitlines()[0] == command.help, name
+        said, shown = (t.strip().splitlines()[0] for t in (function.__doc__ or "", command.help))
+        assert said == shown, name
