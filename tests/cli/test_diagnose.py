@@ -13,27 +13,11 @@ import pytest
 import torch
 
 import lorasmith as ls
-from lorasmith.cli import main
-from tests.cli.test_cli import Called
 from tests.models import randomise
 from tests.training.tiny import make_model, make_tokenizer, save_tiny
 
 HEADS, KV, SIZE = 4, 2, 8  # of the tiny Llama
 PLANTED = 4.0  # degrees
-
-
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delenv("LORASMITH_DEBUG", raising=False)
-
-    def run(*arguments: str | Path) -> Called:
-        capfd.readouterr()
-        code = main([str(a) for a in arguments])
-        out, err = capfd.readouterr()
-        return Called(code, out, err)
-
-    return run
 
 
 @pytest.fixture(scope="module")

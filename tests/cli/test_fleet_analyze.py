@@ -9,25 +9,9 @@ from typing import Any
 import pytest
 
 import lorasmith as ls
-from lorasmith.cli import main
-from tests.cli.test_cli import Called
 from tests.io.support import edit_json, edit_tensors, foreign, saved
 
 pytest.importorskip("scipy")
-
-
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delenv("LORASMITH_DEBUG", raising=False)
-
-    def run(*arguments: str | Path) -> Called:
-        capfd.readouterr()
-        code = main([str(a) for a in arguments])
-        out, err = capfd.readouterr()
-        return Called(code, out, err)
-
-    return run
 
 
 @pytest.fixture

@@ -10,26 +10,10 @@ from typing import Any
 import pytest
 
 import lorasmith as ls
-from lorasmith.cli import main
-from tests.cli.test_cli import Called
 from tests.models import gpt2
 from tests.training.tiny import make_model, make_tokenizer, save_tiny
 
 QKVO = ("--targets", "q_proj", "k_proj", "v_proj", "o_proj")
-
-
-@pytest.fixture
-def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delenv("LORASMITH_DEBUG", raising=False)
-
-    def run(*arguments: str | Path) -> Called:
-        capfd.readouterr()
-        code = main([str(a) for a in arguments])
-        out, err = capfd.readouterr()
-        return Called(code, out, err)
-
-    return run
 
 
 def write_config(folder: Path, **fields: Any) -> Path:
