@@ -58,6 +58,11 @@ app.command(
     name="route",
     help="Train a router on examples of each task, or ask one where prompts go.",
 )
+app.command(
+    "lorasmith.cli.fleet_benchmark:benchmark",
+    name="benchmark",
+    help="Try ways of compressing these adapters: bytes, errors and seconds of each.",
+)
 
 _PICTURES = (".png", ".pdf", ".svg")
 #: Adapters up to which the matrix of cosines is printed.

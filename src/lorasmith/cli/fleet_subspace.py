@@ -13,6 +13,7 @@ from lorasmith.cli.output import Common, CommonOptions, emit, grid, number, sess
 from lorasmith.errors import ConfigError
 
 if TYPE_CHECKING:
+    from lorasmith.fleet.building import Progress
     from lorasmith.fleet.subspace import Projection, SharedSubspace
 
 __all__ = ["add", "compress", "export", "remove"]
@@ -37,7 +38,7 @@ def compress(
     """Put many adapters into one shared subspace.
 
     Everything that an adapter is made of is kept: configuration, magnitudes, saved modules. Its
-    change of the weights is kept up to --error.
+    change of the weights is kept up to --error, before rounding; errors are measured after it.
 
     Parameters
     ----------
@@ -87,10 +88,12 @@ def compress(
             )
         started = time.perf_counter()
         given = sources_of(paths)
+        if not isinstance(given, dict):  # a fleet that is compressed already brings its ids
+            given = expand(given)
         with bar(stderr(), shown=not common.quiet) as progress:
             if stream:
                 fleet = SharedSubspace.from_stream(
-                    expand(given),
+                    given,
                     basis=basis,
                     error=error,
                     components=components,
@@ -108,7 +111,10 @@ def compress(
                     allow_base_mismatch=allow_base_mismatch,
                     progress=progress,
                 )
-        moved = fleet.quantize(quantize) if quantize is not None else None
+            moved = None
+            if quantize is not None:
+                moved = fleet.quantize(quantize)
+                _measure(fleet, given, allow_base_mismatch, progress)
         fleet.save(output)
         seconds = time.perf_counter() - started
         stats = fleet.stats()
@@ -147,6 +153,18 @@ def compress(
 
         emit(common, payload, render)
     return 0
+
+
+def _measure(
+    fleet: SharedSubspace, given: Any, allow_base_mismatch: bool, progress: Progress | None
+) -> None:
+    """Puts the true errors after rounding in the place of their bounds; the originals are here."""
+    sources = list(given.values()) if isinstance(given, dict) else given
+    for done, (name, source) in enumerate(zip(fleet.ids, sources, strict=True), start=1):
+        fleet.measure(source, name, allow_base_mismatch=allow_base_mismatch)
+        if progress is not None:
+            progress("errors", done, len(fleet))
+    fleet.check_budget()
 
 
 def add(

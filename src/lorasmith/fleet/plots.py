@@ -8,6 +8,7 @@
     heat_map      cosines of all pairs, similar adapters side by side, groups framed
     dendrogram    1 − cosine at which groups are joined, with the cut
     plane         the adapters as points, nearer where their directions are alike
+    frontier      bytes against error of the ways to compress a fleet
 
 Each function gives a Matplotlib figure of its own, tied to no window and to no global setting.
 The colours of groups are those of Okabe and Ito (2008), with other markers where there are more
@@ -24,13 +25,14 @@ import numpy as np
 
 from lorasmith.diagnostics.plots import COLUMN, PAGE, save
 from lorasmith.fleet.analysis import Clusters, Embedding, _scipy, clusters
+from lorasmith.fleet.benchmark import FleetBenchmark, Setting
 from lorasmith.fleet.similarity import SimilarityMatrix
 from lorasmith.theme import GRID, INK, MUTED, SERIES, canvas
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COLUMN", "PAGE", "dendrogram", "heat_map", "plane", "save", "save_all"]
+__all__ = ["COLUMN", "PAGE", "dendrogram", "frontier", "heat_map", "plane", "save", "save_all"]
 
 #: Adapters up to which their names, and the numbers in the cells, are written.
 _NAMED = 60
@@ -38,6 +40,9 @@ _WRITTEN = 20
 _LONGEST = 28
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _FONT = 8.0
+#: Errors below this are drawn here: what is left of nothing lost is rounding.
+_LEAST_ERROR = 1e-8
+_DASHES: dict[str, Any] = {"joint": "-", "share": (0, (4, 2))}
 
 
 def heat_map(
@@ -183,6 +188,62 @@ def plane(points: Embedding, groups: Clusters | None = None, *, width: float = P
         return figure
 
 
+def frontier(found: FleetBenchmark, *, width: float = PAGE) -> Figure:
+    """Bytes against error: lower and further left is better.
+
+    A line is a basis in one codec over its budgets, drawn at the mean error, with a stroke up to
+    the worst one; crosses are plain factors; the upright line is the adapters as they are stored.
+    Errors below 1e-8 lie at 1e-8.
+
+    Args:
+        found: What was measured.
+        width: In inches.
+
+    Raises:
+        MissingDependencyError: Matplotlib is not installed.
+    """
+    with canvas(width, 0.6 * width, font_size=_FONT) as figure:
+        from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+        axes = figure.add_subplot()
+        series: dict[tuple[str, str], list[Setting]] = {}
+        for one in found.settings:
+            series.setdefault((one.basis, one.codec), []).append(one)
+        codecs: list[str] = list(dict.fromkeys(one.codec for one in found.settings))
+        for (basis, codec), points in series.items():
+            here = sorted(points, key=lambda one: one.bytes.total)
+            _with_worst(
+                axes,
+                [(one.bytes.total, one.mean, one.worst) for one in here],
+                label=f"{basis}, {codec}",
+                color=_colour(codecs.index(codec)),
+                marker=_MARKERS[codecs.index(codec) % len(_MARKERS)],
+                ls=_DASHES[basis],
+                mfc=None if basis == "joint" else "#ffffff",
+            )
+        for number, each in enumerate(found.plain):
+            _with_worst(
+                axes,
+                [(each.total, each.mean, each.worst)],
+                label=f"plain, {each.codec}",
+                color=INK,
+                marker=("x", "+", "1", "2", "3")[number % 5],
+                ls="none",
+            )
+        axes.axvline(found.stored, color=MUTED, lw=1.0, ls=(0, (1, 2)), label="as stored")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        # Small fleets lie within one power of ten.
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(f"size of {len(found.ids):,} adapters")
+        axes.set_ylabel("relative squared error of ΔW, mean to worst")
+        axes.grid(visible=True, axis="both")
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=_FONT - 1)
+        return figure
+
+
 def save_all(
     similar: SimilarityMatrix, groups: Clusters, points: Embedding, folder: Path
 ) -> list[Path]:
@@ -192,6 +253,15 @@ def save_all(
         save(dendrogram(groups), folder / "dendrogram.png"),
         save(plane(points, groups), folder / "map.png"),
     ]
+
+
+def _with_worst(axes: Any, points: list[tuple[int, float, float]], **look: Any) -> None:
+    """A line through (bytes, mean error), and from each point a stroke up to the worst error."""
+    sizes = [size for size, _, _ in points]
+    mean = [max(value, _LEAST_ERROR) for _, value, _ in points]
+    worst = [max(value, _LEAST_ERROR) for _, _, value in points]
+    axes.plot(sizes, mean, ms=5, lw=1.4, **look)
+    axes.vlines(sizes, mean, worst, color=look["color"], lw=0.9)
 
 
 def _write_names(figure: Any, axes: Any, points: Embedding) -> None:

@@ -207,7 +207,7 @@ class SharedSubspace:
         ]
         budget = target.error if target.error is not None else DEFAULT_ERROR
         made = cls(basis, built.layers, adapters, base=_base(members), budget=budget)
-        made._warn_of_all()
+        made.check_budget()
         return made
 
     @classmethod
@@ -281,7 +281,7 @@ class SharedSubspace:
             adapter.energy, adapter.lost = energy[n].clone(), built.lost[n].clone()
         budget = target.error if target.error is not None else DEFAULT_ERROR
         whole = cls(basis, built.layers, records, base=stream.base, budget=budget)
-        whole._warn_of_all()
+        whole.check_budget()
         return whole
 
     @classmethod
@@ -323,11 +323,11 @@ class SharedSubspace:
                     whole.measure(member, member.id, allow_base_mismatch=allow_base_mismatch)
                     if progress is not None:
                         progress("errors", number + 1, stream.total)
-        whole._warn_of_all()
+        whole.check_budget()
         return whole
 
-    def _warn_of_all(self) -> None:
-        """Warns if adapters are beyond the budget."""
+    def check_budget(self) -> None:
+        """Warns (:class:`BudgetWarning`) if adapters are beyond the budget, as far as is known."""
         over = [a for a in self._adapters if a.error > limit(self.budget)]
         if over:
             worst = max(over, key=lambda a: a.error)
