@@ -528,6 +528,7 @@ class Part(ABC):
 _ADAMW = (4e-4, 1.6e-3, 6.4e-3)
 _SGD = (0.0025, 0.01, 0.04, 0.16)
 _ENCODER = (2.5e-4, 1e-3, 4e-3)
+_ENCODER_LOW = 6.25e-5
 #: Validation loss to be reached, in nats a token; the base model starts at about 1.6.
 TARGET = 0.5
 
@@ -1433,7 +1434,7 @@ class Paraphrase(Part):
     shown = ("valid_loss", "accuracy", "f1")
     arms = tuple(
         # Balanced factors move B A further at the same rate.
-        Arm(name, rules, (6.25e-5, *_ENCODER) if "gauge" in rules else _ENCODER, schedule="linear")
+        Arm(name, rules, (_ENCODER_LOW, *_ENCODER) if "gauge" in rules else _ENCODER, schedule="linear")
         for name, rules in (
             ("LoRA", {}),
             ("gauge (transported)", {"gauge": {}}),
@@ -1526,7 +1527,8 @@ class Paraphrase(Part):
                 "AdamW, linear "
                 f"schedule, LoRA r = {size.rank} on all linear layers and the classifier, "
                 f"{size.seeds} seeds, {machine()}. Rates from "
-                f"{', '.join(f'{lr:g}' for lr in _ENCODER)} by the loss on {size.validation_rows} "
+                f"{', '.join(f'{lr:g}' for lr in _ENCODER)} (gauge: {_ENCODER_LOW:g} too) by the loss "
+                f"on {size.validation_rows} "
                 f"validation rows with seed 0; {len(labels)} test rows, no sentence in "
                 "two splits. The "
                 "intervals are over seeds; the test rows alone leave ± "
