@@ -859,8 +859,8 @@ class Frontier(Part):
         parts += [
             markdown(head, rows),
             "Rates in italics: LoRA's other rates, the control.",
-            verdict("Test loss against LoRA at its best rate", losses),
-            verdict("ΔM against LoRA at its best rate", kept),
+            verdict("Test loss against LoRA at the rate chosen for it", losses),
+            verdict("ΔM against LoRA at the rate chosen for it", kept),
             self._law(results),
         ]
         return "\n\n".join([*parts, self.failures(results)]).strip()
@@ -1434,7 +1434,12 @@ class Paraphrase(Part):
     shown = ("valid_loss", "accuracy", "f1")
     arms = tuple(
         # Balanced factors move B A further at the same rate.
-        Arm(name, rules, (_ENCODER_LOW, *_ENCODER) if "gauge" in rules else _ENCODER, schedule="linear")
+        Arm(
+            name,
+            rules,
+            (_ENCODER_LOW, *_ENCODER) if "gauge" in rules else _ENCODER,
+            schedule="linear",
+        )
         for name, rules in (
             ("LoRA", {}),
             ("gauge (transported)", {"gauge": {}}),
@@ -1527,8 +1532,8 @@ class Paraphrase(Part):
                 "AdamW, linear "
                 f"schedule, LoRA r = {size.rank} on all linear layers and the classifier, "
                 f"{size.seeds} seeds, {machine()}. Rates from "
-                f"{', '.join(f'{lr:g}' for lr in _ENCODER)} (gauge: {_ENCODER_LOW:g} too) by the loss "
-                f"on {size.validation_rows} "
+                f"{', '.join(f'{lr:g}' for lr in _ENCODER)} "
+                f"(gauge: {_ENCODER_LOW:g} too) by the loss on {size.validation_rows} "
                 f"validation rows with seed 0; {len(labels)} test rows, no sentence in "
                 "two splits. The "
                 "intervals are over seeds; the test rows alone leave ± "

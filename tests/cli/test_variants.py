@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,12 @@ def test_info_is_short_for_a_pattern_of_many_layers(call: Any, base: Path, tmp_p
     assert "2 on 4 layers, 3 on 10 layers" in out
     assert "None" not in out
     assert call("info", source, "--json")[1]["config"]["rank_pattern"] == pattern
+
+
+def test_info_counts_one_layer_as_one(call: Any, base: Path, tmp_path: Path) -> None:
+    pattern = {"model.layers.0.self_attn.q_proj": 3}
+    source = _saved(base, tmp_path / "a", ls.LoRAConfig(r=2, rank_pattern=pattern))
+    assert "2 on 13 layers, 3 on 1 layer\n" in re.sub(r" *\n", "\n", call("info", source)[1])
 
 
 def test_info_reads_no_weights(

@@ -45,8 +45,16 @@ def _texts(figure: Any) -> list[str]:
     return [t.get_text() for t in figure.findobj(Text) if t.get_text()]
 
 
+def _q_and_v() -> RotationReport:
+    """What PEFT adapts by default, of a model with few heads."""
+    full = report(30, 9, 3, retention=False, spectra=False, diversity=False)
+    units = tuple(u for u in full.units if u.projection in ("q_proj", "v_proj"))
+    return report(0, retention=False, spectra=False, diversity=False, units=units)
+
+
 CASES = {
     "one layer": lambda: report(1, 2, 1),
+    "q and v of few heads": _q_and_v,
     "one unit": lambda: _with([1.5]),
     "by projection": lambda: report(3, 0),
     "40 layers of 64 heads": lambda: report(40, 64, 8, spread=1.3, intruders=True),
@@ -80,8 +88,10 @@ def test_no_report_breaks_a_figure(case: str, width: float, tmp_path: Path) -> N
     assert drawn >= 4
 
 
-@pytest.mark.parametrize("width", [plots.COLUMN, plots.PAGE])
-@pytest.mark.parametrize("case", ["one layer", "40 layers of 64 heads", "only MLP"])
+@pytest.mark.parametrize("width", [plots.COLUMN, plots.PAGE, 8.6])  # the last: of the web page
+@pytest.mark.parametrize(
+    "case", ["one layer", "q and v of few heads", "40 layers of 64 heads", "only MLP"]
+)
 def test_no_text_lies_on_another_or_leaves_the_figure(case: str, width: float) -> None:
     from matplotlib.text import Text
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +194,42 @@ def test_what_lorasmith_cannot_fuse_or_read_is_refused(tmp_path: Path) -> None:
     model = llama()
     with pytest.raises(ConfigError, match="nothing to compare"):
         ls.diagnose(model, None)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "adapter"])
+def test_memory_stays_below_twice_the_largest_tensor(kind: str, tmp_path: Path) -> None:
+    # In a process of its own: 56 weights, the largest of 8 MB, of which two may be there at a time.
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("no /proc/self/clear_refs on this system")
+    largest = 2048 * 1024 * 4
+    base = llama(hidden_size=1024, intermediate_size=2048, layers=8, vocab_size=64)
+    base.save_pretrained(tmp_path / "base")
+    allowed = 2 * largest
+    if kind == "adapter":
+        handle = ls.attach(base, ls.LoRAConfig(r=2))
+        randomise(handle.parameters())
+        ls.save(base, tmp_path / "tuned")
+        allowed += sum(4 * p.numel() for p in handle.parameters())
+    else:
+        with torch.no_grad():
+            for parameter in base.parameters():
+                parameter.add_(0.001 * torch.randn_like(parameter))
+        base.save_pretrained(tmp_path / "tuned")
+    code = f"""
+        import lorasmith as ls
+        def rss(key):
+            text = open("/proc/self/status").read()
+            return int(text.split(key)[1].split()[0]) * 1024
+        pair = {str(tmp_path / "base")!r}, {str(tmp_path / "tuned")!r}
+        ls.diagnose(*pair, layers=0)  # imports, caches of allocators
+        open("/proc/self/clear_refs", "w").write("5")
+        before = rss("VmRSS:")
+        report = ls.diagnose(*pair)
+        assert len(report.by_module) >= 8 * 7, len(report.by_module)
+        print(rss("VmHWM:") - before)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < allowed

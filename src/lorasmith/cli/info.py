@@ -109,7 +109,10 @@ def _short(found: dict[str, Any]) -> dict[str, Any]:
             if shown(v) is not None
         }
     if "ranks" in found:
-        found["ranks"] = [f"{r} on {count:,} layers" for r, count in found["ranks"].items()]
+        found["ranks"] = [
+            f"{r} on {count:,} layer{'' if count == 1 else 's'}"
+            for r, count in found["ranks"].items()
+        ]
     return found
 
 

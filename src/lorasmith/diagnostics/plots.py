@@ -144,7 +144,8 @@ def heat_map(report: RotationReport, *, width: float = PAGE, scale: Scale = "aut
     """
     _units(report)
     rows = len({u.label for u in report.units})
-    with _figure(width, 0.95 + max(rows, 3) * 0.026 * _font(width)) as figure:
+    # At least what the label of the colour bar needs.
+    with _figure(width, 0.95 + max(rows * 0.026, 0.09) * _font(width)) as figure:
         _heat_map(figure, report, width, scale)
         return figure
 
@@ -152,8 +153,8 @@ def heat_map(report: RotationReport, *, width: float = PAGE, scale: Scale = "aut
 def head_map(report: RotationReport, *, width: float = PAGE, scale: Scale = "auto") -> Figure:
     """θ of each head in each layer, one panel a projection.
 
-    Panels are as high as they have heads, so that the fewer key and value heads of grouped
-    queries show.
+    A row of panels is as high as the most heads in it; fewer key and value heads, of grouped
+    queries, are higher cells.
 
     Args:
         report: What to draw, measured with ``per="head"``.
@@ -167,6 +168,9 @@ def head_map(report: RotationReport, *, width: float = PAGE, scale: Scale = "aut
     panels = _head_panels(report)
     across = 2 if width >= 5 and len(panels) > 1 else 1
     heights = _panel_heights(panels, across)
+    # At least what the label of the colour bar needs.
+    enlarged = max(1.0, (0.12 * _font(width) - 0.3 * (len(heights) - 1)) / sum(heights))
+    heights = [enlarged * height for height in heights]
     with _figure(width, sum(heights) + 0.5 + 0.3 * len(heights)) as figure:
         _head_map(figure, width, scale, panels, across, heights)
         return figure
