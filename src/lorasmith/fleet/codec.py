@@ -33,31 +33,13 @@ import torch
 from torch import Tensor
 
 from lorasmith.errors import ConfigError
+from lorasmith.init.loftq import NF4
 
 __all__ = ["NF4", "Codec", "Rows", "codec_of"]
 
 #: How numbers are stored.
 Codec = Literal["float32", "bfloat16", "int8", "int4", "nf4"]
 
-#: The levels of NF4, ascending.
-NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
 #: Values that share a scale in int4 and nf4.
 _BLOCK = 64
 #: Shares of max |x| / 7 that are tried as the scale of an int4 block.

@@ -55,10 +55,10 @@ from lorasmith.init.types import (
     check_scaling,
 )
 
-__all__ = ["LoftQ", "alternate", "nf4"]
+__all__ = ["NF4", "LoftQ", "alternate", "nf4"]
 
 #: The 16 values of NF4, for weights divided by the largest absolute value of their block.
-_NF4 = (
+NF4 = (
     -1.0,
     -0.6961928009986877,
     -0.5250730514526367,
@@ -81,7 +81,7 @@ _BLOCK = 64
 
 def nf4(weight: Tensor) -> Tensor:
     """W [d_out, d_in] as four bits a value hold it: quantised to NF4 and back, float32."""
-    levels = torch.tensor(_NF4, device=weight.device)
+    levels = torch.tensor(NF4, device=weight.device)
     flat = weight.to(torch.float32).reshape(-1)
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % _BLOCK)).view(-1, _BLOCK)
     largest = blocks.abs().amax(dim=1, keepdim=True)
