@@ -18,10 +18,10 @@ cache, and reading is part of what is timed.
 
 ``build``: a subspace of 8, 100, 200 and 1,000 adapters; one more absorbed; one reconstructed as
 factors of rank 16. Ours with the joint basis (``--directions`` of U and of V) and with Share
-(``--components``), aligned and for factors as they are stored, from a stream at 1,000; vLoRA with
-as many components, in memory and streaming; and the joint basis the dense way: Σ ΔW ΔWᵀ and
-Σ ΔWᵀ ΔW of multiplied-out changes, ``eigh``, Uᵀ ΔW Vᵀ, and a dense SVD for reconstructing. The
-error is the mean relative squared error of ΔW of three adapters.
+(``--components``), in the gauge that it chooses by itself and with factors aligned to each other,
+from a stream at 1,000; vLoRA with as many components, in memory and streaming; and the joint
+basis the dense way: Σ ΔW ΔWᵀ and Σ ΔWᵀ ΔW of multiplied-out changes, ``eigh``, Uᵀ ΔW Vᵀ, and a
+dense SVD for reconstructing. The error is the mean relative squared error of ΔW of three adapters.
 ``similarity``: all pairs of cosines.
 ``merge``: the SVD merge of four adapters to rank 16, from file to factors, and for one layer of
 576² and 2048² (``merge.py``).
@@ -170,8 +170,8 @@ def ours_built(job: Job) -> Record:
     make: Any = SharedSubspace.from_stream if count >= STREAM else SharedSubspace.from_adapters
     joint = job["who"] == "joint"
     wanted: Record = {"components": job["directions"] if joint else job["components"]}
-    if job["who"] == "share, as stored":
-        wanted["gauge"] = "stored"
+    if job["who"] == "share, aligned":
+        wanted["gauge"] = "aligned"
     basis = "joint" if joint else "share"
     phases: dict[str, Record] = {}
     make(paths[:2], basis=basis, **wanted)  # loads what is loaded on first use
@@ -364,17 +364,17 @@ def merged(job: Job) -> Record:
 
 def merged_layer(options: argparse.Namespace) -> list[Record]:
     """One layer at a time, in turns in this process."""
-    from merge import by_peft, densely, in_factors, measure
+    from merge import by_peft, densely, factored, measure
     from merge import changes as drawn
 
     found = []
     for size in options.merge_sizes:
         deltas = drawn(4, options.rank, size)
         ways: dict[str, Callable[[], Any]] = {
-            "ours": lambda d=deltas: in_factors(d, options.rank),  # type: ignore[misc]
+            "ours": lambda d=deltas: factored(d, options.rank),  # type: ignore[misc]
             "dense": lambda d=deltas: densely(d, options.rank),  # type: ignore[misc]
         }
-        theirs = by_peft(deltas, options.rank)
+        theirs = by_peft([deltas], options.rank)
         if theirs is not None:
             ways["PEFT"] = theirs
         found.append({"size": size, "seconds": measure(ways, options.rounds)})
@@ -579,8 +579,8 @@ def tabulated(runs: Mapping[str, list[Record]], phases: Sequence[str]) -> str:
 
 #: Contenders whose times are divided.
 PAIRS = (
-    ("share, as stored", "vlora"),
     ("share", "vlora"),
+    ("share, aligned", "vlora"),
     ("joint", "vlora"),
     ("joint", "dense"),
 )
@@ -594,7 +594,7 @@ def part_build(base: Job, options: argparse.Namespace) -> tuple[str, Any]:
     for count in options.sizes:
         whos = ["joint", "share", "dense"]
         if count < STREAM:
-            whos.append("share, as stored")
+            whos.append("share, aligned")
         if options.vlora_python:
             whos += ["vlora", "vlora streaming"]
         sample = sorted({0, count // 2, count - 1})

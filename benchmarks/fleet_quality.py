@@ -7,7 +7,8 @@ r"""What becomes of the tasks when a fleet is compressed, merged and routed.
 
 ``compression``: a fleet of PEFT's adapters of mixed kinds (``--zoo``), compressed in every way:
 joint within error budgets, Share with and without alignment, each as it is and in few bits, and
-as the plain baseline the adapters' own factors rounded to 8, 4 and 3 bits. Bytes (all of them:
+as the plain baseline the adapters' own factors rounded to 8, 4 and 3 bits, also cut before to
+the rank that each layer needs within an error budget ("cut"). Bytes (all of them:
 basis, codes, bookkeeping, what is carried) against the error of ΔW and against
 
     gain kept = (base loss − loss of the compressed) / (base loss − loss of the original)
@@ -73,6 +74,9 @@ LONG = {"alpaca": 2, "gsm8k": 2}
 #: Nats below which there is no share of the gain.
 LEAST_GAIN = 0.05
 KEPT = 0.99
+#: What needs no fleet, and is the same for any number of adapters.
+ALONE = ("plain", "cut")
+METHODS = (*ALONE, "joint", "share")
 #: Of the entries, what sparse merging methods keep.
 DENSITY = 0.5
 Record = dict[str, Any]
@@ -98,7 +102,8 @@ class Run:
         folder: ``"zoo"`` or ``"adapters"``.
         members: What is compressed or merged.
         judged: Whose losses are measured.
-        method: ``reference``, ``plain``, ``joint``, ``share``, a merging method or ``router``.
+        method: ``reference``, ``plain``, ``cut``, ``joint``, ``share``, a merging method or
+            ``router``.
         options: Of the method.
         codecs: How it is stored, one state each.
     """
@@ -275,7 +280,7 @@ def rounded(rows: Any, codec: str) -> tuple[Any, float]:
         packed = Rows.pack(rows, codec_of(codec))
         return packed.unpack(), packed.nbytes
     n, columns = rows.shape
-    wide = torch.nn.functional.pad(rows, (0, -columns % 64)).view(n, -1, 64)
+    wide = torch.nn.functional.pad(rows, (0, -columns % 64)).view(n, -(-columns // 64), 64)
     most = wide.abs().amax(2, keepdim=True)
     best, least = None, None
     for clip in (1.0, 0.9, 0.8, 0.7, 0.6):
@@ -288,31 +293,57 @@ def rounded(rows: Any, codec: str) -> tuple[Any, float]:
             best = torch.where(gone < least, made, best)
             least = torch.minimum(gone, least)
     assert best is not None
-    return best.view(n, -1)[:, :columns], n * columns * 3 / 8 + 2 * n * wide.shape[1]
+    return best.flatten(1)[:, :columns], n * columns * 3 / 8 + 2 * n * wide.shape[1]
+
+
+def cut(member: Any, error: float) -> dict[str, tuple[Any, Any]]:
+    """An adapter's factors (rows of A, columns of B as rows) without what holds least of ΔW."""
+    import torch
+
+    from lorasmith.fleet.share import balance
+    from lorasmith.fleet.trimming import kept_ranks
+
+    own = {}
+    for module in member.modules:
+        factors = member.factors(module)
+        own[module] = balance(factors.A.double(), factors.B.mT.double().contiguous())
+    most = max(A.shape[0] for A, _ in own.values())
+    energy = torch.zeros(len(own), 1, most, dtype=torch.float64)
+    for place, (A, B) in enumerate(own.values()):
+        energy[place, 0, : len(A)] = A.square().sum(1) * B.square().sum(1)
+    costs = torch.tensor([float(A.shape[1] + B.shape[1]) for A, B in own.values()])
+    ranks, _ = kept_ranks(energy, costs, error * energy.sum((0, 2)))
+    return {
+        module: (A[:rank].float(), B[:rank].float())
+        for (module, (A, B)), rank in zip(own.items(), ranks[:, 0].tolist(), strict=True)
+    }
 
 
 def plain(run: Run, folders: Folders) -> Record:
-    """The adapters' own factors in few bits."""
+    """The adapters' own factors in few bits, at their rank or cut to an error budget each."""
     import torch
 
     from lorasmith.fleet.members import LayerFactors, open_members, rebuild
     from lorasmith.fleet.share import distance
 
     members = open_members([folders.of(run) / name for name in run.members], run.members)
+    budget = run.options.get("error")
     judge = Judge(run, folders)
     states = []
     for codec in run.codecs:
         errors, scores, total = {}, {}, 0.0
         for member in members:
             made, gone, energy = {}, 0.0, 0.0
+            kept = None if budget is None else cut(member, budget)
             for module in member.modules:
                 factors = member.factors(module)
                 rows_A, rows_B = factors.A, factors.B.mT.contiguous()
-                A, bytes_A = rounded(rows_A, codec)
-                B, bytes_B = rounded(rows_B, codec)
+                held_A, held_B = (rows_A, rows_B) if kept is None else kept[module]
+                A, bytes_A = rounded(held_A, codec)
+                B, bytes_B = rounded(held_B, codec)
                 total += bytes_A + bytes_B
                 gone += float(distance(rows_A, rows_B, A, B))
-                energy += float(distance(rows_A, rows_B, torch.zeros_like(A), B))
+                energy += float(distance(rows_A, rows_B, A[:0], B[:0]))
                 made[module] = LayerFactors(A, B.mT)
             total += sum(t.numel() * t.element_size() for t in member.rest.values())
             errors[member.id] = gone / energy
@@ -398,7 +429,13 @@ def work(job: tuple[Run, Folders, int]) -> tuple[str, Record]:
     import torch
 
     torch.set_grad_enabled(False)
-    by_name = {"reference": reference, "plain": plain, "joint": shared, "share": shared}
+    by_name = {
+        "reference": reference,
+        "plain": plain,
+        "cut": plain,
+        "joint": shared,
+        "share": shared,
+    }
     do = {"merging": merging, "routing": routing}.get(run.part) or by_name[run.method]
     if run.method == "reference":
         do = reference
@@ -465,11 +502,12 @@ class Plan:
         budgets = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5)
         return [
             run("plain", ("8", "4", "nf4", "3")),
+            *(run("cut", ("4", "3"), error=e) for e in (0.03, 0.1, 0.2, 0.3, 0.5)),
             *(
                 run("joint", ("16", "8", "4", "nf4") if e == 0.1 else ("16", "4"), error=e)
                 for e in budgets
             ),
-            *(run("share", ("16", "4"), components=k) for k in (2, 4, 8)),
+            *(run("share", ("16", "4"), components=k, gauge="aligned") for k in (2, 4, 8)),
             *(run("share", ("16",), components=k, gauge="balanced") for k in (2, 4, 8)),
             *(run("share", ("16",), components=k, gauge="stored") for k in (2, 4, 8)),
         ]
@@ -493,6 +531,7 @@ class Plan:
             found += [run("share", ("4",), error=e) for e in share[:few]]
             if count == self.counts[0]:  # it is the same for any number
                 found.append(run("plain", ("4",) if self.quick else ("8", "4", "nf4", "3")))
+                found += [run("cut", ("4", "3"), error=e) for e in joint[:few]]
         return found
 
     def merging(self) -> list[Run]:
@@ -563,11 +602,16 @@ def matches(scores: Mapping[str, Any]) -> str:
 
 def said_of(run: Run) -> str:
     """A method and its setting."""
-    if run.method == "plain":
-        return "factors, rounded"
-    gauge = {"balanced": ", not aligned", "stored": ", factors as stored"}
+    if run.method in ALONE:
+        cut = f", cut to ε ≤ {run.options['error']:g}" if run.method == "cut" else ""
+        return f"factors{cut}, rounded"
+    gauge = {
+        "aligned": ", aligned",
+        "balanced": ", not aligned",
+        "stored": ", factors as stored",
+    }
     options = dict(run.options)
-    text = gauge.get(options.pop("gauge", ""), ", aligned" if run.method == "share" else "")
+    text = gauge.get(options.pop("gauge", ""), "")
     named = {"error": "ε ≤", "components": "k ="}
     return f"{run.method} {', '.join(f'{named[k]} {v:g}' for k, v in options.items())}{text}"
 
@@ -675,7 +719,7 @@ def compression_report(plan: Plan, results: Results) -> str:
         markdown([*names, "exact match, %"], rows),
     ]
     good = [p for p in found if p.kept >= KEPT]
-    for method in ("plain", "joint", "share"):
+    for method in METHODS:
         best = max((p for p in good if p.run.method == method), key=lambda p: p.ratio, default=None)
         if best is not None:
             texts.append(
@@ -693,7 +737,7 @@ def curve_report(plan: Plan, results: Results) -> str:
         return "Not run."
     rows = [
         [
-            "any" if p.run.method == "plain" else f"{len(p.run.members):,}",
+            "any" if p.run.method in ALONE else f"{len(p.run.members):,}",
             said_of(p.run),
             bits(p.codec),
             f"{p.bytes / len(p.run.members) / 2**10:.1f}",
@@ -718,14 +762,14 @@ def curve_report(plan: Plan, results: Results) -> str:
             f"{count:,}",
             *(
                 f"1/{value:.1f}" if value else "–"
-                for value in (frontier(found, m, count) for m in ("plain", "joint", "share"))
+                for value in (frontier(found, m, count) for m in METHODS)
             ),
         ]
         for count in plan.counts
     ]
     texts.append(
         f"Smallest with at least {KEPT:.0%} of the gain kept in the mean:\n\n"
-        + markdown(["N", "factors, rounded", "joint, int4", "share, int4"], best)
+        + markdown(["N", "factors, rounded", "factors, cut and rounded", "joint", "share"], best)
     )
     return "\n\n".join(texts)
 
@@ -737,7 +781,7 @@ def frontier(found: Sequence[Point], method: str, count: int) -> float | None:
         for p in found
         if p.run.method == method
         and p.kept >= KEPT
-        and (method == "plain" or len(p.run.members) == count)
+        and (method in ALONE or len(p.run.members) == count)
     ]
     return max(good, default=None)
 
@@ -833,7 +877,7 @@ def draw(plan: Plan, results: Results, part: str, path: Path) -> bool:
             logarithmic(axes.xaxis)
     else:
         plot, grid = panels(1, 1, 6, 4)
-        for number, method in enumerate(("plain", "joint", "share")):
+        for number, method in enumerate(METHODS):
             kept = [(n, frontier(found, method, n)) for n in plan.counts]
             there = [(n, value) for n, value in kept if value]
             if there:

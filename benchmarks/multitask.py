@@ -9,10 +9,13 @@ rank r, int8) serves batches whose tasks keep changing, under a byte budget for 
 Peak resident memory of the process, the model included; time to switch to tasks that are
 unpacked and to ones that are not.
 
-decode: real LoRA factors on all linear layers. Greedy decoding of one batch: the base model
-alone, one task for all rows, a task of its own for each row, and the same by PEFT's mixed batch
-(``adapter_names``). Median over the repeats; runs of all kinds alternate, so that a machine that
-is busy slows all of them alike.
+decode: the same kind of fleet with a task for each row, and PEFT with the same tasks as LoRA
+factors. Greedy decoding of one batch: the base model alone, one task for all rows, a task of its
+own for each row, and the same by PEFT's mixed batch (``adapter_names``). Runs of all kinds
+alternate, so that a machine that is busy slows all of them alike; median and least over the
+repeats. ``same_tokens`` is the share of tokens in which ours and PEFT's mixed batches agree.
+A few blocks of the model (``--blocks``) are enough for a look, but the output head, which no
+adapter slows down, then weighs more.
 
 Each part runs in a process of its own. Prints JSON lines.
 """
@@ -25,20 +28,27 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def _model(name: str) -> tuple[Any, Any]:
+def _model(name: str, blocks: int | None = None) -> tuple[Any, Any]:
     from lorasmith.training.models import load_model
 
-    return load_model(name, dtype="float32")
+    model, tokenizer = load_model(name, dtype="float32")
+    inner: Any = model
+    if blocks is not None:
+        inner.model.layers = inner.model.layers[:blocks]
+        inner.config.num_hidden_layers = len(inner.model.layers)
+    return model.eval(), tokenizer
+
+
+def _say(text: str) -> None:
+    print(f"  {text}", file=sys.stderr, flush=True)
 
 
 def _peak() -> float:
@@ -66,8 +76,10 @@ def _synthetic(model: Any, tasks: int, directions: int, rank: int) -> Any:
     weights = AdapterWeights.from_model(model, "default")
     record = MemberRecord.of(weights)
     ls.detach(model)
-    layers = []
+    layers: list[Any] = []
     for module, (d_in, d_out) in record.sizes.items():
+        if len(layers) % 30 == 0:
+            _say(f"{tasks} tasks: layer {len(layers)} of {len(record.sizes)}")
         up = torch.linalg.qr(torch.randn(d_out, min(directions, d_out)))[0].mT
         down = torch.linalg.qr(torch.randn(d_in, min(directions, d_in)))[0].mT
         layer = Layer.new(module, up, down, tasks)
@@ -133,56 +145,74 @@ def decode(options: argparse.Namespace) -> None:
     import peft
 
     from lorasmith.fleet.multitask import MultiTaskModel
-    from lorasmith.fleet.subspace import SharedSubspace
 
-    names = [f"t{i}" for i in range(options.rows)]
-    with tempfile.TemporaryDirectory() as folder:
-        model, tokenizer = _model(options.model)
-        base, _ = _model(options.model)
-        config = peft.LoraConfig(
-            target_modules="all-linear", r=options.rank, lora_alpha=options.rank
-        )
-        theirs: Any = peft.get_peft_model(model, config, adapter_name=names[0])
-        for name in names[1:]:
+    base, tokenizer = _model(options.model, options.blocks)
+    fleet = _synthetic(base, options.rows, options.directions, options.rank)
+    names = list(fleet.ids)
+    model, _ = _model(options.model, options.blocks)
+    config = peft.LoraConfig(
+        target_modules=list(fleet.modules), r=options.rank, lora_alpha=options.rank
+    )
+    theirs: Any = peft.get_peft_model(model, config, adapter_name=names[0])
+    for number, name in enumerate(names):
+        if number:
             theirs.add_adapter(name, config)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for n, p in theirs.named_parameters():
-                if "lora_B" in n:
-                    p.copy_(torch.randn(p.shape, generator=generator) * 0.01)
-        theirs.eval().save_pretrained(folder)
-        paths = {name: Path(folder) / name for name in names}
-        fleet = SharedSubspace.from_adapters(paths, components=options.directions)
-        served = MultiTaskModel(base, fleet)
-        batch = _batch(tokenizer, options.rows, 32)
-        settings = {
-            "max_new_tokens": options.tokens,
-            "min_new_tokens": options.tokens,
+        for module, factors in fleet.factors(name).items():
+            layer = theirs.base_model.model.get_submodule(module)
+            layer.lora_A[name].weight.copy_(factors.A)
+            layer.lora_B[name].weight.copy_(factors.B)
+        _say(f"PEFT: adapter {number + 1} of {len(names)}")
+    theirs.eval()
+    served = MultiTaskModel(base, fleet)
+    batch = _batch(tokenizer, options.rows, options.prompt)
+
+    def settings(tokens: int) -> dict[str, Any]:
+        return {
+            "max_new_tokens": tokens,
+            "min_new_tokens": tokens,
             "do_sample": False,
             "pad_token_id": 0,
         }
-        runs: dict[str, Callable[[], Any]] = {
-            "base": lambda: served.generate(batch, tasks=None, **settings),
-            "one task": lambda: served.generate(batch, tasks=names[0], **settings),
-            "mixed": lambda: served.generate(batch, tasks=names, **settings),
-            "PEFT mixed": lambda: theirs.generate(**batch, adapter_names=names, **settings),
-        }
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(options.repeats):
-            for name, run in runs.items():
+
+    runs: dict[str, Callable[[int], Any]] = {
+        "base": lambda n: served.generate(batch, tasks=None, **settings(n)),
+        "one task": lambda n: served.generate(batch, tasks=names[0], **settings(n)),
+        "mixed": lambda n: served.generate(batch, tasks=names, **settings(n)),
+        "PEFT mixed": lambda n: theirs.generate(**batch, adapter_names=names, **settings(n)),
+    }
+    # What a token costs: the time of all of them less that of the first one, which reads
+    # the prompt, too.
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    written: dict[str, Tensor] = {}
+    for repeat in range(options.repeats + 1):
+        for name, run in runs.items():
+            seconds = []
+            for tokens in (1, 1 + options.tokens):
                 start = time.perf_counter()
-                run()
-                times[name].append(time.perf_counter() - start)
-        medians = {name: statistics.median(found) for name, found in times.items()}
-        for name, seconds in medians.items():
-            _print(
-                "decode",
-                kind=name,
-                rows=options.rows,
-                tokens_per_second=options.rows * options.tokens / seconds,
-                time_over_base=seconds / medians["base"],
-                time_over_peft_mixed=seconds / medians["PEFT mixed"],
-            )
+                written[name] = run(tokens)
+                seconds.append(time.perf_counter() - start)
+            if repeat:  # the first one warms up
+                times[name].append(max(seconds[1] - seconds[0], 1e-9) / options.tokens)
+            _say(f"decode: repeat {repeat} of {options.repeats}, {name}: {seconds[1]:.2f} s")
+    ours, peers = (written[n][:, options.prompt :] for n in ("mixed", "PEFT mixed"))
+    same = float((ours == peers).double().mean())
+    for name, each in times.items():
+        _print(
+            "decode",
+            kind=name,
+            rows=options.rows,
+            blocks=len(base.model.layers),
+            ms_per_token=1e3 * statistics.median(each),
+            ms_per_token_least=1e3 * min(each),
+            time_over_base=_over(each, times["base"]),
+            time_over_peft_mixed=_over(each, times["PEFT mixed"]),
+            same_tokens=same,
+        )
+
+
+def _over(mine: list[float], theirs: list[float]) -> float:
+    """Median of the ratios within each round."""
+    return statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
 
 
 def _print(part: str, **figures: Any) -> None:
@@ -197,13 +227,17 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tasks", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=32, help="tokens written a row (decode)")
+    parser.add_argument("--blocks", type=int, help="of the model (decode); all by default")
+    parser.add_argument("--prompt", type=int, default=8, help="tokens of a prompt (decode)")
+    parser.add_argument("--tokens", type=int, default=8, help="tokens written a row (decode)")
     parser.add_argument("--rank", type=int, default=8, help="rank of a task")
     parser.add_argument("--directions", type=int, default=64, help="R of the shared basis")
     parser.add_argument("--budget", type=int, default=256, help="MiB of unpacked tasks")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_grad_enabled(False)
+    torch.set_num_threads(options.threads)
     if options.part is None:
         for part in ("memory", "decode"):
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--part", part], check=True)

@@ -24,14 +24,15 @@ LEVELS = {
     "io": 4,
     "dynamics": 5,
     "diagnostics": 5,
-    # Beside the diagnostics by design; it reads base weights through them, one way.
+    # Above the diagnostics for the style of their figures alone.
     "fleet": 6,
+    "export": 6,
     "training": 7,
     "cli": 8,
     "web": 8,
 }
 #: Modules at the top that depend on nothing above them and may be used by all.
-FREE = {"progress", "theme", "__version__"}
+FREE = {"progress", "redaction", "theme", "__version__"}
 #: File → packages of its own level or above that it may name.
 EXCEPTIONS = {
     # Registries know the built-in classes by the names of their modules, and load them on use.

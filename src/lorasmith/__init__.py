@@ -33,8 +33,10 @@ _EXPORTS = {
     "Dynamics": "lorasmith.dynamics.driver",
     "DynamicsCallback": "lorasmith.dynamics.callback",
     "EntropyGovernor": "lorasmith.dynamics.entropy",
+    "Export": "lorasmith.export.exporting",
     "Factors": "lorasmith.core.variant",
     "FuseReport": "lorasmith.core.fusing",
+    "FusedModel": "lorasmith.export.fused",
     "GaugeProjectedOptimizer": "lorasmith.dynamics.gauge",
     "GaugeProjection": "lorasmith.dynamics.gauge",
     "HRAConfig": "lorasmith.adapters",
@@ -68,8 +70,10 @@ _EXPORTS = {
     "convert": "lorasmith.io.convert",
     "detach": "lorasmith.core.attach",
     "diagnose": "lorasmith.diagnostics.rotation",
+    "export_adapter": "lorasmith.export.exporting",
     "factors": "lorasmith.io",
     "fuse": "lorasmith.core.fusing",
+    "fuse_checkpoint": "lorasmith.export.fused",
     "load": "lorasmith.io",
     "merge": "lorasmith.fleet.merge",
     "param_groups": "lorasmith.core.optim",
@@ -134,6 +138,10 @@ if TYPE_CHECKING:
     from lorasmith.dynamics.rotation_budget import RotationBudget as RotationBudget
     from lorasmith.dynamics.stress import StressController as StressController
     from lorasmith.errors import LorasmithError as LorasmithError
+    from lorasmith.export.exporting import Export as Export
+    from lorasmith.export.exporting import export_adapter as export_adapter
+    from lorasmith.export.fused import FusedModel as FusedModel
+    from lorasmith.export.fused import fuse_checkpoint as fuse_checkpoint
     from lorasmith.fleet.merge import Merged as Merged
     from lorasmith.fleet.merge import MergeReport as MergeReport
     from lorasmith.fleet.merge import merge as merge

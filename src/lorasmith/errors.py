@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 
+from lorasmith.redaction import redact
+
 __all__ = [
     "AdapterFileError",
     "AttachError",
@@ -39,8 +41,9 @@ class LorasmithError(Exception):
         file: The file or directory concerned, if any.
         key: The tensor, option or field concerned, if any.
 
-    All of them are kept as attributes, so that ``--json`` output and callers can
-    read them without parsing the message.
+    Secrets in them (passwords in URLs, tokens) are replaced by ``***``, see
+    :mod:`lorasmith.redaction`. All of them are kept as attributes, so that ``--json`` output
+    and callers can read them without parsing the message.
     """
 
     def __init__(
@@ -53,19 +56,19 @@ class LorasmithError(Exception):
         file: str | os.PathLike[str] | None = None,
         key: str | None = None,
     ) -> None:
-        self.what = what
-        self.expected = None if expected is None else str(expected)
-        self.got = None if got is None else str(got)
-        self.fix = fix
-        self.file = None if file is None else os.fspath(file)
-        self.key = key
-        lines = [what]
+        self.what = redact(what)
+        self.expected = None if expected is None else redact(str(expected))
+        self.got = None if got is None else redact(str(got))
+        self.fix = None if fix is None else redact(fix)
+        self.file = None if file is None else redact(os.fspath(file))
+        self.key = None if key is None else redact(key)
+        lines = [self.what]
         for label, value in (
             ("file", self.file),
-            ("key", key),
+            ("key", self.key),
             ("expected", self.expected),
             ("got", self.got),
-            ("to fix", fix),
+            ("to fix", self.fix),
         ):
             if value is not None:
                 lines.append(f"  {label}: {value}")

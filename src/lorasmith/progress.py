@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 __all__ = ["bar"]
 
 
 @contextlib.contextmanager
 def bar(
-    console: Console, *, shown: bool = True
+    console: Console, *, shown: bool = True, unit: Literal["items", "bytes"] = "items"
 ) -> Iterator[Callable[[str, int, int], None] | None]:
     """A bar for each phase; gives what is called with (phase, done, total).
 
@@ -22,7 +31,10 @@ def bar(
     if not shown or not console.is_terminal:
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    counts = (
+        (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), *counts)
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         tasks: dict[str, int] = {}
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import lorasmith as ls
+from lorasmith.errors import AdapterFileError, ConfigError
 from tests.io.support import llama, logits, saved
 
 
@@ -117,3 +118,50 @@ def test_mistakes(call: Any, adapters: Path, tmp_path: Path) -> None:
     )
     assert call("fleet", "add", adapters, adapters / "one").code == 2
     assert not (tmp_path / "z").exists()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_budget_is_kept_with_rounding(
+    call: Any, adapters: Path, tmp_path: Path, stream: bool
+) -> None:
+    out, options = tmp_path / "out", ["--stream"] * stream
+    called = call(
+        "fleet", "compress", adapters, "-o", out, "--error", "0.02", "--quantize", "8", *options,
+        "--json",
+    )  # fmt: skip
+    assert called.code == 0
+    assert "lose more than" not in called.err
+    assert max(called.json["errors"].values()) <= 0.02 + 2e-6
+    whole = ls.SharedSubspace.load(out)
+    for name in called.json["ids"]:
+        assert whole.measure(adapters / name, name).within
+    other = tmp_path / "other"
+    refused = call(
+        "fleet", "compress", adapters, "-o", other, "--error", "0.001", "--quantize", "4", *options
+    )
+    assert refused.code == 2
+    assert "--quantize 8" in refused.err
+    assert not other.exists()
+
+
+def test_info_knows_fleets_and_urls(call: Any, fleet: Path, adapters: Path) -> None:
+    """As ``lorasmith info``, which was for models and directories of adapters."""
+    fsspec = pytest.importorskip("fsspec")
+    files = fsspec.filesystem("memory")
+    for place, folder in (("fleet", fleet), ("one", adapters / "one")):
+        files.put(f"{folder}/", f"/info-test/{place}/", recursive=True)
+    for place in (fleet, fleet.as_uri(), "memory://info-test/fleet"):
+        assert call("info", place, "--json").json["ids"] == ["one", "two"]
+    for place in (adapters / "one", (adapters / "one").as_uri(), "memory://info-test/one"):
+        assert call("info", place, "--json").json["kind"] == "adapter"
+    wrong = call("info", "memory://info-test/nothing")
+    assert wrong.code == 2
+    assert "adapter_config.json" in wrong.err
+    assert call("info", fleet, "--r", "8").code == 2
+
+
+def test_messages_for_fleets_in_the_place_of_adapters(fleet: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileError, match="fleet export"):
+        ls.read_adapter(fleet)
+    with pytest.raises(ConfigError, match=r"\.save\(path\)"):
+        ls.save(ls.SharedSubspace.load(fleet), tmp_path / "x")  # type: ignore[arg-type]

@@ -17,9 +17,9 @@ from torch import nn
 
 import lorasmith as ls
 from lorasmith.core.layers import describe, read_weight
-from lorasmith.diagnostics.sources import GgufWeights, Matrix
 from lorasmith.errors import BaseMismatchError, ModelError
 from lorasmith.io.models import resolve_model
+from lorasmith.io.sources import GgufWeights, Matrix
 from tests.io.ggufs import write_gguf
 from tests.models import gpt2, llama, randomise
 

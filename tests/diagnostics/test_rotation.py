@@ -22,7 +22,6 @@ from lorasmith.core.rotation import noise_floor
 from lorasmith.core.variant import Factors
 from lorasmith.diagnostics.records import RotationReport, UnitRotation
 from lorasmith.diagnostics.rotation import pair_sums
-from lorasmith.diagnostics.sources import MemoryMatrix
 from lorasmith.errors import (
     AdapterFileError,
     BaseMismatchError,
@@ -30,6 +29,7 @@ from lorasmith.errors import (
     FuseError,
     ModelError,
 )
+from lorasmith.io.sources import MemoryMatrix
 from tests.contract.configurations import CONFIGURATIONS
 from tests.models import gpt2, llama, mlp, randomise
 

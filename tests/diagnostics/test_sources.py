@@ -17,8 +17,8 @@ from torch import nn
 
 import lorasmith as ls
 from lorasmith.core.layers import describe, read_weight
-from lorasmith.diagnostics.sources import CheckpointWeights, ModelWeights, align
 from lorasmith.errors import AdapterFileError, ConfigError, LorasmithError, ModelError
+from lorasmith.io.sources import CheckpointWeights, ModelWeights, align
 from tests.models import distilbert, distilbert_classifier, gpt2, llama, randomise
 
 

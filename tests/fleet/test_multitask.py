@@ -123,6 +123,52 @@ def test_each_row_is_its_task_alone_in_peft(
     assert torch.equal(again, bare)  # what acted before, acts again
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"components": 3}, {"components": 2, "core": "diagonal"}, {"error": 1e-9}],
+    ids=["joint", "diagonal", "exact"],
+)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_short_and_long_way_agree(
+    tmp_path: Path, options: dict[str, Any], tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without gradients a bare core is added in place; with them, by the general formula."""
+    from lorasmith.fleet import serving
+
+    calls: list[tuple[int, ...]] = []
+
+    def added(acting: Any, x: Tensor, *rest: Tensor) -> Tensor:
+        calls.append(tuple(x.shape))
+        return short(acting, x, *rest)
+
+    short = serving._added
+    monkeypatch.setattr(serving, "_added", added)
+    fleet = _fleet(tmp_path, "llama", **options)
+    served = MultiTaskModel(llama(), fleet)
+    batch = _batch(4, length=tokens) if tokens > 4 else {"input_ids": torch.arange(4)[:, None]}
+    rows: Any
+    for rows in (["c", None, "team/a", "c"], ["c", "team/a"], "team_a", {"c": 0.5, "team/a": -1.0}):
+        calls.clear()
+        long = served(**batch, tasks=rows).logits.detach()
+        assert not calls
+        with torch.no_grad():
+            _close(served(**batch, tasks=rows).logits, long)
+            assert calls
+            calls.clear()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                served(**batch, tasks=rows)
+            assert not calls  # there is something to cast
+        with torch.inference_mode():
+            _close(served(**batch, tasks=rows).logits, long)
+    residual = _write(tmp_path / "more", "llama", {"d": {"r": 4, "lora_alpha": 4}})["d"]
+    fleet.add(residual, "d", error=0.01)
+    with torch.no_grad():
+        calls.clear()
+        served(**batch, tasks="d")
+    # Residuals take the long way.
+    assert len(calls) == sum(not len(fleet.code("d", m).residual_up) for m in fleet.modules)
+
+
 @pytest.mark.parametrize("quantised", [False, True])
 def test_residuals_beside_the_cores(tmp_path: Path, quantised: bool) -> None:
     paths = _write(tmp_path, "llama")

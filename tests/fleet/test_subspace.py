@@ -165,7 +165,7 @@ def test_the_joint_basis_does_not_see_the_gauge() -> None:
         turned[name] = AdapterWeights.from_tensors(source.config, tensors, like=source)
     for basis in ("joint", "share"):
         one, other = (
-            SharedSubspace.from_adapters(s, basis=basis, error=0.1)  # type: ignore[arg-type]
+            SharedSubspace.from_adapters(s, basis=basis, error=0.1, gauge="aligned")  # type: ignore[arg-type]
             for s in (sources, turned)
         )
         assert one.stats().ranks == other.stats().ranks
@@ -774,3 +774,297 @@ def test_the_zoo(zoo: Path, basis: Any, tmp_path: Path) -> None:
         )
         for key in again.rest(name):
             assert torch.equal(again.rest(name)[key], source.extras[key])
+
+
+# -- budgets with rounding -------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize(("bits", "budget"), [(8, 0.05), (8, 0.002), (4, 0.1), ("nf4", 0.1)])
+def test_the_budget_is_kept_after_rounding(basis: Any, bits: Any, budget: float) -> None:
+    sources = fleet(8, common=0.5)
+    made = SharedSubspace.from_adapters(sources, basis=basis, error=budget, bits=bits)
+    for name, source in sources.items():
+        true = error(deltas(source), held(made, name))
+        assert true <= budget + 2e-6
+        assert made.errors[name] == pytest.approx(true, abs=1e-6)
+    assert made.budget == budget
+    assert made.stats().codecs["basis"] == {8: "int8", 4: "int4"}.get(bits, bits)
+    # Not for more bytes than it takes: rounded afterwards, the same budget ends above.
+    later = SharedSubspace.from_adapters(sources, basis=basis, error=budget)
+    later.quantize(bits)
+    assert made.stats().total >= later.stats().total
+    assert made.stats().total <= 2 * later.stats().total
+
+
+@BOTH
+def test_bits_that_lose_more_than_the_budget_are_refused(basis: Any) -> None:
+    """Eight bits do, which the message says; and they do."""
+    sources = fleet(6)
+    with pytest.raises(ConfigError, match="alone loses more") as caught:
+        SharedSubspace.from_adapters(sources, basis=basis, error=0.002, bits=4)
+    assert caught.value.key == "bits"
+    assert "bits=8" in str(caught.value)
+    made = SharedSubspace.from_adapters(sources, basis=basis, error=0.002, bits=8)
+    for name, source in sources.items():
+        assert error(deltas(source), held(made, name)) <= 0.002 + 2e-6
+    with pytest.raises(ConfigError, match="no room"):
+        SharedSubspace.from_adapters(sources, basis=basis, error=0.0, bits=16)
+    with pytest.raises(ConfigError, match="way of quantising"):
+        SharedSubspace.from_adapters(sources, basis=basis, bits=3)
+
+
+@pytest.mark.parametrize("again", [True, False])
+@BOTH
+def test_a_stream_keeps_the_budget_after_rounding(basis: Any, again: bool) -> None:
+    sources = fleet(7)
+    given_as: Any = list(sources.values()) if again else iter(sources.values())
+    made = SharedSubspace.from_stream(
+        given_as, list(sources), basis=basis, error=0.1, bits=8, block=3
+    )
+    assert made.stats().codecs["codes"] == "int8"
+    for name, source in sources.items():
+        true = error(deltas(source), held(made, name))
+        assert true <= 0.1 + 2e-6
+        assert true <= made.errors[name] + 2e-6
+
+
+@BOTH
+def test_bits_go_with_other_targets(basis: Any) -> None:
+    sources = fleet(6)
+    with pytest.warns(BudgetWarning, match="lose more than"):
+        made = SharedSubspace.from_adapters(sources, basis=basis, components=2, bits=8)
+    for name, source in sources.items():
+        assert made.errors[name] == pytest.approx(error(deltas(source), held(made, name)), abs=1e-6)
+
+
+def test_a_basis_that_cannot_keep_the_budget_says_so() -> None:
+    """Not for the bits: diagonal cores hold what they hold."""
+    with pytest.warns(BudgetWarning, match="lose more than"):
+        SharedSubspace.from_adapters(fleet(4), core="diagonal", error=0.01, bits=8)
+
+
+@pytest.mark.parametrize(("bits", "most"), [(4, 0.045), ("nf4", 0.036), (8, 3e-4)])
+def test_rounding_loses_as_little_as_of_normal_numbers(bits: Any, most: float) -> None:
+    """However unequal the directions of a basis are: here the first hold nearly all."""
+    torch.manual_seed(0)
+    sizes = torch.logspace(0, -3, 24)
+    made = {}
+    for i in range(8):
+        A, B = torch.randn(8, 24) * sizes, torch.randn(24, 8) * sizes[:, None]
+        config = ls.LoRAConfig(r=8, alpha=8.0, targets=("m.0.q",))
+        made[f"{i}"] = AdapterWeights.from_tensors(config, {"m.0.q": {"A": A, "B": B}})
+    whole = SharedSubspace.from_adapters(made, error=0.0)
+    whole.quantize(bits)
+    gone = [error(deltas(a), held(whole, n)) for n, a in made.items()]
+    assert sum(gone) / len(gone) < most
+    # And of a basis of many directions that all are used.
+    assert whole.validate() == []
+
+
+@BOTH
+def test_nothing_lost_is_nothing_to_warn_of(basis: Any) -> None:
+    """At sizes where ‖ΔW‖² − ‖C‖² rounds to more than nothing."""
+    sources = fleet(9, common=0.3)
+    for once in (False, True):
+        given_as: Any = iter(sources.values()) if once else sources
+        made = SharedSubspace.from_stream(
+            given_as, list(sources) if once else None, basis=basis, error=0.0, block=2
+        )
+        assert max(made.errors.values()) <= 1e-6
+    assert max(SharedSubspace.from_adapters(sources, basis=basis, error=0.0).errors.values()) < 1e-6
+
+
+# -- adapters that do nothing ----------------------------------------------------------------------
+
+
+def _still(seed: int, modules: Sequence[str] = tuple(SIZES)) -> AdapterWeights:
+    """An adapter with B = 0 on some layers."""
+    source = adapter(seed)
+    tensors = {}
+    for m in source.modules:
+        B = source.state(m)["B"]
+        tensors[m] = {"A": source.state(m)["A"], "B": 0 * B if m in modules else B}
+    return AdapterWeights.from_tensors(source.config, tensors, like=source)
+
+
+STILL: dict[str, dict[str, AdapterWeights]] = {
+    "all": {"a": _still(0), "b": _still(1)},
+    "one": {"a": _still(0), "b": adapter(1)},
+    "layer": {"a": _still(0, ["m.0.v"]), "b": _still(1, ["m.0.v"])},
+}
+
+
+@BOTH
+@pytest.mark.parametrize("which", STILL)
+@pytest.mark.parametrize("how", ["at once", "diagonal", "stream", "generator"])
+def test_adapters_that_do_nothing(basis: Any, which: str, how: str, tmp_path: Path) -> None:
+    """Freshly initialised: the rows of the basis and of the codes were none."""
+    if how == "diagonal" and basis == "share":
+        pytest.skip("the Share basis has loadings")
+    sources = STILL[which]
+    with warnings.catch_warnings():
+        if how == "diagonal":
+            warnings.simplefilter("ignore", BudgetWarning)
+        if how in ("at once", "diagonal"):
+            core: Any = "diagonal" if how == "diagonal" else "full"
+            made = SharedSubspace.from_adapters(sources, basis=basis, core=core)
+        else:
+            given_as: Any = sources if how == "stream" else iter(sources.values())
+            ids = None if how == "stream" else list(sources)
+            made = SharedSubspace.from_stream(given_as, ids, basis=basis, block=1)
+        for new, call in (("c", made.add), ("d", lambda a, n: made.absorb({n: a}))):
+            call(_still(5), f"{new}0")
+            call(_still(6, ["m.1.q"]), f"{new}1")
+            call(adapter(7), f"{new}2")
+    made.quantize(8)
+    assert made.validate() == []
+    made.save(tmp_path / "f")
+    made = SharedSubspace.load(tmp_path / "f")
+    for name in ("a", "c0", "d0"):
+        if which == "layer" and name == "a":
+            continue
+        assert made.errors[name] == 0
+        assert not any(bool(W.any()) for W in held(made, name).values())
+        for rank in ("original", "exact", 1):
+            again = made.reconstruct(name, rank)  # type: ignore[arg-type]
+            assert not any(bool(W.any()) for W in deltas(again).values())
+    for name in ("c1", "d1"):
+        original = _still(6, ["m.1.q"])
+        assert float(held(made, name)["m.1.q"].abs().max()) < 1e-6
+        assert error(deltas(original), held(made, name)) < 0.06
+    assert made.measure(_still(5), "c0").error == 0
+    for name in made.ids:
+        made.remove(name)
+    assert made.validate() == []
+
+
+# -- residuals -------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("budget", [0.3, 0.05, 1e-3, 0.0])
+def test_core_and_residual_take_no_more_than_the_factors(basis: Any, budget: float) -> None:
+    """A residual of rank 5 beside the core, of an adapter of rank 4."""
+    made = SharedSubspace.from_adapters(fleet(3), basis=basis, error=0.05)
+    new = adapter(51, r=4)
+    record = made.add(new, "new", error=budget)
+    assert error(deltas(new), held(made, "new")) <= budget + 1e-6
+    assert max(record.residual_rank.values(), default=0) <= 4
+    for module, (d_in, d_out) in SIZES.items():
+        code = made.code("new", module)
+        k = len(code.residual_up)
+        taken = k * (d_in + d_out) + (code.left.numel() + code.right.numel()) * (basis == "joint")
+        assert taken <= 4 * (d_in + d_out) or not k
+    assert made.validate() == []
+
+
+@BOTH
+def test_what_the_basis_holds_is_still_used(basis: Any) -> None:
+    """A member plus something of rank 1: the core and one direction, not the factors."""
+    sources = fleet(3)
+    made = SharedSubspace.from_adapters(sources, basis=basis, error=0.0)
+    old = sources["task-1"]
+    tensors = {}
+    torch.manual_seed(3)
+    for m in old.modules:
+        A, B = old.state(m)["A"], old.state(m)["B"] * old.config.scaling_of(m)  # type: ignore[attr-defined]
+        size = float((B @ A).norm())
+        a, b = torch.randn(1, A.shape[1]), torch.randn(B.shape[0], 1)
+        b = b * (0.5 * size / float(a.norm() * b.norm()))
+        tensors[m] = {"A": torch.cat((A, a)), "B": torch.cat((B, b), 1)}
+    r = len(tensors["m.0.q"]["A"])
+    config = ls.LoRAConfig(r=r, alpha=float(r), targets=tuple(tensors))
+    new = AdapterWeights.from_tensors(config, tensors, base=old.base)
+    record = made.add(new, "new", error=0.01)
+    # Of the wide layers; elsewhere a core takes as much as factors.
+    assert record.residual_rank["m.0.q"] == 1 or basis == "share"
+    assert bool(made.core("new", "m.0.q").any()) or basis == "share"
+    assert error(deltas(new), held(made, "new")) <= 0.01 + 1e-6
+
+
+@BOTH
+@pytest.mark.parametrize(("bits", "budget"), [(4, 0.1), (4, 0.01), (8, 0.05), (8, 1e-5)])
+def test_a_residual_keeps_the_budget_after_rounding(basis: Any, bits: Any, budget: float) -> None:
+    """int4 loses some percent itself: then more of it is kept, or in more bits."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BudgetWarning)
+        made = SharedSubspace.from_adapters(fleet(4), basis=basis, error=0.2)
+        made.quantize(bits)
+    before = {n: held(made, n) for n in made.ids}
+    new = adapter(52, r=3)
+    record = made.add(new, "new", error=budget)
+    assert record.within
+    assert error(deltas(new), held(made, "new")) <= budget + 2e-6
+    for name, old in before.items():
+        assert all(torch.equal(old[m], W) for m, W in held(made, name).items())
+    assert made.validate() == []
+
+
+def test_residuals_that_are_stored_stay_as_they_are() -> None:
+    made = SharedSubspace.from_adapters(fleet(4), error=0.2)
+    made.quantize(8, residuals=4)
+    made.add(adapter(53, r=3), "first", error=0.3)
+    assert made.stats().codecs["residuals"] == "int4"
+    before = held(made, "first")
+    with pytest.warns(BudgetWarning, match="residuals=16"):
+        record = made.add(adapter(54, r=3), "second", error=1e-3)
+    assert not record.within
+    assert made.errors["second"] == pytest.approx(
+        error(deltas(adapter(54, r=3)), held(made, "second")), abs=1e-6
+    )
+    assert all(torch.equal(before[m], W) for m, W in held(made, "first").items())
+
+
+# -- diagonal cores among others -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("core", ["full", "diagonal"])
+def test_a_trained_diagonal_is_stored_as_one(core: Any, tmp_path: Path) -> None:
+    sources = {f"{i}": adapter(i, r=3) for i in range(4)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BudgetWarning)
+        made = SharedSubspace.from_adapters(sources, core=core, error=0.3)
+    before = {n: held(made, n) for n in made.ids}
+    torch.manual_seed(0)
+    cores: dict[str, Any] = {}
+    for m in made.modules:
+        up, down = made.up(m).shape[1], made.down(m).shape[0]
+        cores[m] = torch.eye(up, down) * torch.randn(down)
+    made.insert_core("diagonal", cores, MemberRecord.of(adapter(0)))
+    full = {m: torch.randn(made.up(m).shape[1], made.down(m).shape[0]) for m in made.modules}
+    stored = made.stats().per_adapter["diagonal"]
+    assert stored <= 4 * sum(len(made.down(m)) for m in made.modules)
+    made.insert_core("full", full, MemberRecord.of(adapter(0)))
+    made.add(adapter(9), "added", error=0.05)
+    for m in made.modules:
+        made.extend(m, torch.randn(SIZES[m][1], 3), torch.randn(2, SIZES[m][0]))
+    assert made.validate() == []
+    made.save(tmp_path / "f")
+    made = SharedSubspace.load(tmp_path / "f")
+    for m, C in cores.items():
+        up, down = C.shape
+        for name, wanted in (("diagonal", C), ("full", full[m])):
+            got = made.core(name, m)
+            assert torch.equal(got[:up, :down], wanted)
+            assert not got[up:].any()
+            assert not got[:, down:].any()
+    for name, old in before.items():
+        for m, W in held(made, name).items():
+            torch.testing.assert_close(W, old[m], rtol=0, atol=1e-5)
+    assert error(deltas(adapter(9)), held(made, "added")) <= 0.05 + 1e-6
+
+
+def test_diagonal_cores_with_layers_that_only_some_have() -> None:
+    sources = {
+        "all": adapter(0, r=3),
+        "q": adapter(1, r=2, modules=["m.0.q", "m.1.q"]),
+        "more": adapter(2, r=3),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BudgetWarning)
+        made = SharedSubspace.from_adapters(sources, core="diagonal", error=0.2)
+        made.add(adapter(3, modules=["m.0.v"]), "v", error=0.1)
+    assert made.validate() == []
+    for name, source in sources.items():
+        assert made.errors[name] == pytest.approx(error(deltas(source), held(made, name)), abs=1e-5)

@@ -497,3 +497,61 @@ def test_a_held_out_task_on_real_adapters(zoo: Path) -> None:
     with torch.no_grad():
         assert float(measure(rows[12:])) < 0.8 * before
     assert task.finish().ids[-1] == "numbers-es"
+
+
+# -- several processes -------------------------------------------------------------------------
+
+
+def _steps(rank: int, world: int, held: SharedSubspace, form: Any) -> dict[str, Tensor]:
+    """What three steps on this process's share of the rows train."""
+    model: Any = llama().train()
+    task = SubspaceTrainer(model, held, "new", form=form, extra=1)
+    outer = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    optimizer = torch.optim.SGD(task.parameters(), lr=1.0, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        ids = torch.randint(0, 32, (8, 7), generator=generator)
+        mine = ids[rank * 8 // world : (rank + 1) * 8 // world]
+        outer(input_ids=mine, labels=mine).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = {n: p.detach().clone() for n, p in task.named_parameters()}
+    for (name, module), value in deltas(task.finish()).items():
+        found[f"finished {name} {module}"] = value
+    return found
+
+
+def _process(rank: int, port: int, folder: str) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    found = {
+        form: _steps(rank, 2, SharedSubspace.load(f"{folder}/{basis}"), form)
+        for basis, form in FORMS
+    }
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_two_processes_train_what_one_does(fleet: Any, tmp_path: Path) -> None:
+    """DDP over gloo: halves of every batch make the run with the whole one, on both ranks."""
+    import socket
+
+    for basis in BASES:
+        fleet(basis).save(tmp_path / basis)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_process, (port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
+    for basis, form in FORMS:
+        one = _steps(0, 1, SharedSubspace.load(tmp_path / basis), form)
+        assert first[form].keys() == second[form].keys() == one.keys()
+        for name, value in one.items():
+            assert torch.equal(first[form][name], second[form][name]), name
+            whole = float(value.norm())
+            assert whole or name.startswith("finished "), name  # a task has not every layer
+            assert float((first[form][name] - value).norm()) <= 1e-4 * whole, name

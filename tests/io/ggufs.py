@@ -59,7 +59,13 @@ def _permuted(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
 
 
 def write_gguf(
-    model: nn.Module, path: Path, architecture: str, *, kind: str = "F32", extra: bool = True
+    model: nn.Module,
+    path: Path,
+    architecture: str,
+    *,
+    kind: str = "F32",
+    extra: bool = True,
+    vocabulary: bool = False,
 ) -> Path:
     """Writes a model.
 
@@ -69,6 +75,8 @@ def write_gguf(
         architecture: ``general.architecture``.
         kind: Storage type of the matrices.
         extra: Whether to write the keys that Transformers' configuration is made of.
+        vocabulary: Whether to write what Transformers does not ask for and llama.cpp does: tokens
+            (three special ones and names for the rest), and GPT-2's inner size.
     """
     import gguf
 
@@ -82,7 +90,8 @@ def write_gguf(
         writer.add_vocab_size(config.vocab_size)
         if architecture == "gpt2":
             writer.add_layer_norm_eps(config.layer_norm_epsilon)
-            writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
+            if not vocabulary:
+                writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
         else:
             writer.add_feed_forward_length(config.intermediate_size)
             writer.add_head_count_kv(config.num_key_value_heads)
@@ -92,6 +101,14 @@ def write_gguf(
             writer.add_key_length(size)
             writer.add_value_length(size)
             writer.add_rope_dimension_count(size)
+    if vocabulary:
+        rest = config.vocab_size - 3
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(["<unk>", "<s>", "</s>", *(f"t{i} " for i in range(rest))])
+        writer.add_token_scores([0.0] * config.vocab_size)
+        writer.add_token_types([2, 3, 3, *[1] * rest])
+        if architecture == "gpt2":
+            writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
     names = _GPT2 if architecture == "gpt2" else _LLAMA
     tied = bool(getattr(config, "tie_word_embeddings", False))
     for name, value in model.state_dict().items():

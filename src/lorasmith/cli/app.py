@@ -33,6 +33,15 @@ def _read_config(app: App, _: tuple[str, ...], arguments: Any) -> None:
             # As the values of this command, reached already: else those that are called like
             # another command ("dynamics") would be taken for that command's and left out.
             values = read_yaml(path)
+            if values.get("trust_remote_code") or values.get("trust-remote-code"):
+                raise ConfigError(
+                    "A configuration file cannot let a model's own code run.",
+                    file=path,
+                    key="trust_remote_code",
+                    expected="the option on the command line, said for this very call",
+                    got="true in the file",
+                    fix="take it out, and add --trust-remote-code if you trust the model",
+                )
             _join_dynamics_options(arguments, values)
             source = Dict(values, use_commands_as_keys=True, source=str(path))
             source(app, (), arguments)
@@ -181,6 +190,14 @@ COMMANDS = {
     "convert": (
         "lorasmith.cli.convert:convert",
         "Turn an adapter into the nearest plain LoRA, and say how near it is.",
+    ),
+    "fuse": (
+        "lorasmith.cli.fuse:fuse",
+        "Write a full model with an adapter in its weights, and say how near it is.",
+    ),
+    "export": (
+        "lorasmith.cli.export:export",
+        "Write an adapter for llama.cpp, Ollama, vLLM, SGLang, TGI or PEFT.",
     ),
     "merge": (
         "lorasmith.cli.merge:merge",

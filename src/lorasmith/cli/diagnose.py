@@ -248,7 +248,7 @@ class _Models(AbstractContextManager["_Models"]):
         progress: Callable[[str, int, int], None] | None,
     ) -> Retention:
         """Perplexity and divergence of what the two arguments stand for."""
-        from lorasmith.diagnostics.sources import open_sides
+        from lorasmith.io.sources import open_sides
         from lorasmith.training.retention import retention
 
         before, after = open_sides(base, tuned, allow_base_mismatch=self._allow)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lorasmith.cli.output import Common, CommonOptions, emit, grid, number, session, stderr
-from lorasmith.errors import ConfigError, LorasmithError
+from lorasmith.errors import AdapterFileError, ConfigError, LorasmithError
 
 if TYPE_CHECKING:
     from lorasmith.fleet.analysis import Diff, LayerDiff
@@ -81,7 +81,7 @@ def analyze(
     linkage: Literal["average", "complete", "single"] = "average",
     alpha: float = 0.05,
     redundant: float = 0.1,
-    subspace: Path | None = None,
+    subspace: str | None = None,
     per_layer: bool = False,
     model: str | None = None,
     plot: tuple[Path, ...] = (),
@@ -343,10 +343,13 @@ def sources_of(paths: Sequence[str]) -> Any:
 def _is_fleet(path: str) -> bool:
     from lorasmith.fleet.store import is_subspace
 
-    return "://" not in path and is_subspace(path)
+    try:
+        return is_subspace(path)
+    except AdapterFileError:
+        return False  # whoever opens it as an adapter says what is wrong
 
 
-def _coverage(given: Any, subspace: Path, allow_base_mismatch: bool) -> dict[str, float]:
+def _coverage(given: Any, subspace: str, allow_base_mismatch: bool) -> dict[str, float]:
     from lorasmith.fleet.analysis import coverage
     from lorasmith.fleet.members import open_members
     from lorasmith.fleet.subspace import SharedSubspace

@@ -25,7 +25,7 @@ _SHOWN = 60
 
 
 def route(
-    fleet: Path,
+    fleet: str,
     /,
     *,
     model: Annotated[str, Parameter(alias="-m")],
@@ -54,7 +54,7 @@ def route(
     Parameters
     ----------
     fleet
-        The fleet: a directory that lorasmith fleet compress has written.
+        The fleet that lorasmith fleet compress has written: a directory, hub id or URL.
     model
         Base model: an alias (smollm2), a hub id, or a path.
     examples
@@ -141,7 +141,7 @@ def route(
                 report = made.report
             found = made.route(prompt, most=most, threshold=threshold)
         payload = {
-            "fleet": str(fleet),
+            "fleet": fleet,
             "model": model,
             "router": None if router is None and output is None else str(router or output),
             "trained": router is None,

@@ -13,7 +13,6 @@ from lorasmith.cli.output import Common, CommonOptions, emit, grid, number, sess
 from lorasmith.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lorasmith.fleet.building import Progress
     from lorasmith.fleet.subspace import Projection, SharedSubspace
 
 __all__ = ["add", "compress", "export", "remove"]
@@ -38,7 +37,7 @@ def compress(
     """Put many adapters into one shared subspace.
 
     Everything that an adapter is made of is kept: configuration, magnitudes, saved modules. Its
-    change of the weights is kept up to --error, before rounding; errors are measured after it.
+    change of the weights is kept up to --error, rounding (--quantize) included.
 
     Parameters
     ----------
@@ -49,8 +48,7 @@ def compress(
     basis
         joint: one row space and one column space a layer. share: principal components of the
         aligned factors, for fleets of adapters that are much alike.
-
-    Error:
+    error
         The most that any adapter may lose of its change, relative squared error. Default: 0.05.
     variance
         In its place: the share of the change that every layer keeps, in the mean.
@@ -66,15 +64,16 @@ def compress(
         Even if they name different base models.
     overwrite
         Replace a fleet that is in OUTPUT.
-    """
+    """  # noqa: D405, D411, D416 - a parameter is called as a section is
     with session(common):
         from lorasmith.cli.fleet import sources_of
         from lorasmith.fleet.members import expand
-        from lorasmith.fleet.store import is_subspace
+        from lorasmith.fleet.store import check_target, is_subspace
         from lorasmith.fleet.subspace import SharedSubspace
         from lorasmith.progress import bar
 
-        if is_subspace(output) and not overwrite:
+        # Before the work, which may take hours, and not after it.
+        if is_subspace(check_target(output)) and not overwrite:
             raise ConfigError(
                 "There is a compressed fleet in the output directory already.",
                 got=output,
@@ -97,6 +96,7 @@ def compress(
                     basis=basis,
                     error=error,
                     components=components,
+                    bits=quantize,
                     allow_base_mismatch=allow_base_mismatch,
                     progress=progress,
                 )
@@ -108,13 +108,10 @@ def compress(
                     variance=variance,
                     components=components,
                     per_layer=not same_rank,
+                    bits=quantize,
                     allow_base_mismatch=allow_base_mismatch,
                     progress=progress,
                 )
-            moved = None
-            if quantize is not None:
-                moved = fleet.quantize(quantize)
-                _measure(fleet, given, allow_base_mismatch, progress)
         fleet.save(output)
         seconds = time.perf_counter() - started
         stats = fleet.stats()
@@ -124,7 +121,8 @@ def compress(
             "basis": basis,
             "ids": list(fleet.ids),
             "errors": errors,
-            "quantized": None if moved is None else moved.to_dict(),
+            "budget": fleet.budget,
+            "quantized": quantize,
             "stats": stats.to_dict(),
             "seconds": seconds,
         }
@@ -143,9 +141,9 @@ def compress(
                         "on disk": f"{_size(stats.disk or 0)}, "
                         f"{number(stats.disk_ratio, 3)} times smaller than the adapters",
                         "largest error": f"{errors[worst]:.3g} ({worst})",
-                        "rounding": None
-                        if moved is None
-                        else f"up to {max(moved.moved.values()):.3g} of it",
+                        "stored in": None
+                        if quantize is None
+                        else ", ".join(dict.fromkeys(stats.codecs.values())),
                         "time": f"{seconds:.1f} s",
                     }
                 )
@@ -153,18 +151,6 @@ def compress(
 
         emit(common, payload, render)
     return 0
-
-
-def _measure(
-    fleet: SharedSubspace, given: Any, allow_base_mismatch: bool, progress: Progress | None
-) -> None:
-    """Puts the true errors after rounding in the place of their bounds; the originals are here."""
-    sources = list(given.values()) if isinstance(given, dict) else given
-    for done, (name, source) in enumerate(zip(fleet.ids, sources, strict=True), start=1):
-        fleet.measure(source, name, allow_base_mismatch=allow_base_mismatch)
-        if progress is not None:
-            progress("errors", done, len(fleet))
-    fleet.check_budget()
 
 
 def add(
@@ -191,14 +177,13 @@ def add(
         The adapter: directory, hub id or URL.
     id
         Its name in the fleet. Default: made of its path.
-
-    Error:
+    error
         The most that it may lose. Default: as the fleet was made.
     absorb
         Extend the basis by it.
     allow_base_mismatch
         Even if it names another base model.
-    """
+    """  # noqa: D405, D411, D416 - a parameter is called as a section is
     with session(common):
         from lorasmith.fleet.subspace import SharedSubspace
 
@@ -268,7 +253,7 @@ def remove(
 
 
 def export(
-    fleet: Path,
+    fleet: str,
     id: str,  # noqa: A002
     /,
     *,
@@ -282,7 +267,7 @@ def export(
     Parameters
     ----------
     fleet
-        Directory of the compressed fleet.
+        The compressed fleet: a directory, hub id or URL.
     id
         Name of the adapter in it.
     output
@@ -313,7 +298,7 @@ def export(
         made = whole.reconstruct(id, int(rank) if rank.isdecimal() else rank)  # type: ignore[arg-type]
         made.save(output)
         payload = {
-            "fleet": str(fleet),
+            "fleet": fleet,
             "id": id,
             "output": str(output),
             "error": whole.errors[id],

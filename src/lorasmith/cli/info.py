@@ -1,4 +1,4 @@
-"""``lorasmith info MODEL_OR_ADAPTER``: what something is, without loading its weights."""
+"""``lorasmith info MODEL_OR_ADAPTER_OR_FLEET``: what it is, without loading a model's weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def info(
     trust_remote_code: bool = False,
     common: CommonOptions = Common(),  # noqa: B008 - frozen
 ) -> int:
-    """Describe a base model or an adapter. No weights are loaded.
+    """Describe a base model, an adapter or a compressed fleet. No model's weights are loaded.
 
     Of a model also its heads, θ_crit = arcsin(1/√head_dim), and how many parameters each
     adapter family would train on it.
@@ -44,7 +44,8 @@ def info(
     Parameters
     ----------
     name
-        A base model (alias, hub id, path) or the directory of an adapter.
+        A base model (alias, hub id, path); or an adapter or a compressed fleet (directory, hub
+        id, URL).
     r
         Rank to count the parameters at, for families that have one. Default: 16.
     targets
@@ -55,16 +56,22 @@ def info(
         Let code that comes with a model run.
     """
     with session(common):
-        path = Path(name).expanduser()
-        if _holds_adapter(path):
+        held = _holds(name)
+        if held is not None:
             for key, value in (("--r", r), ("--targets", targets)):
                 if value is not None:
                     raise ConfigError(
-                        f"{key} is for base models: an adapter has what it has.",
+                        f"{key} is for base models: {held} has what it has.",
                         fix=f"leave {key} out, or name the base model",
                         key=key,
                     )
-            found = adapter_info(path)
+        if held == "a fleet":
+            from lorasmith.cli.fleet import _subspace_info
+
+            _subspace_info(name, common)
+            return 0
+        if held is not None:
+            found = adapter_info(name)
         else:
             found = model_info(
                 name,
@@ -83,11 +90,44 @@ def info(
     return 0
 
 
-def _holds_adapter(path: Path) -> bool:
+def _holds(name: str) -> str | None:
+    """Whether it is ``"a fleet"`` or ``"an adapter"``; ``None`` for what may be a model.
+
+    Raises:
+        AdapterFileError: It is a URL that cannot be read, or of neither.
+        MissingDependencyError: A package for the URL is missing.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return "an adapter" if (path / "adapter_config.json").is_file() else None
+        if (path / "subspace.json").is_file():
+            return "a fleet"
+        return "an adapter" if _has_adapters(path) else None
+    if "://" in name:
+        from lorasmith.fleet.store import is_subspace
+
+        return "a fleet" if is_subspace(name) else "an adapter"  # a model is no URL
+    if "/" in name and not path.exists():
+        return _on_hub(name)
+    return None
+
+
+def _has_adapters(path: Path) -> bool:
     """Whether it is an adapter's directory, or has adapters in its subdirectories."""
-    if (path / "adapter_config.json").is_file():
-        return True
-    return not (path / "config.json").is_file() and any(path.glob("*/adapter_config.json"))
+    return (path / "adapter_config.json").is_file() or any(path.glob("*/adapter_config.json"))
+
+
+def _on_hub(name: str) -> str | None:
+    """What the repository of that id holds, as far as the hub or its cache tells."""
+    from lorasmith.errors import LorasmithError
+    from lorasmith.io.hub import fetch
+
+    kinds = {"config.json": None, "adapter_config.json": "an adapter", "subspace.json": "a fleet"}
+    try:
+        return next((kinds[file] for file in kinds if fetch(name, (file,)) is not None), None)
+    except LorasmithError:
+        return None  # whoever looks for a model says what is wrong
 
 
 def _label(key: str) -> str:
@@ -141,12 +181,12 @@ def outline(name: str, config: Any, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     from lorasmith.errors import ModelError
-    from lorasmith.training.models import quiet
+    from lorasmith.io.models import quiet, remote_code
 
     try:
         with quiet(), torch.device("meta"):
             make: Any = AutoModelForCausalLM.from_config
-            model = make(config, trust_remote_code=trust_remote_code)
+            model = make(config, **remote_code(trust_remote_code))
     except ValueError as error:
         raise ModelError(
             f"{name} is not a causal language model.",
@@ -266,19 +306,23 @@ def _variant_table(found: dict[str, Any]) -> Table:
     return table
 
 
-def adapter_info(path: Path) -> dict[str, Any]:
-    """What an adapter is and which layers it sits on."""
+def adapter_info(path: Path | str) -> dict[str, Any]:
+    """What an adapter is and which layers it sits on.
+
+    Args:
+        path: Its directory, hub id or URL.
+    """
     import lorasmith as ls
     from lorasmith.core.config import LowRankConfig
 
     weights = ls.read_adapter(path)
-    folder = weights.path or path
+    folder = weights.path or Path(path)
     config = weights.config.to_dict()
     fingerprint = weights.base.fingerprint
     leaves = Counter(name.rpartition(".")[2] for name in weights.modules)
     found: dict[str, Any] = {
         "kind": "adapter",
-        "path": str(folder),
+        "path": path if isinstance(path, str) and "://" in path else str(folder),
         "variant": config.pop("variant"),
         "peft_type": weights.peft.get("peft_type"),
         "parameters": weights.num_parameters,

@@ -261,6 +261,8 @@ def merge(
 
 
 def _check_output(output: Path, adapters: Sequence[str], overwrite: bool) -> None:
+    from lorasmith.io.weights import check_target
+
     if any(output.exists() and Path(a).exists() and output.samefile(a) for a in adapters):
         raise ConfigError(
             "The merge would take the place of an adapter that it is made from.",
@@ -275,6 +277,8 @@ def _check_output(output: Path, adapters: Sequence[str], overwrite: bool) -> Non
             fix="choose another one, or give --overwrite",
             key="--output",
         )
+    # Before the work, and not after it.
+    check_target(output)
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -39,6 +39,7 @@ from lorasmith.errors import (
     TargetError,
     UnknownNameError,
 )
+from lorasmith.redaction import redact
 
 __all__ = [
     "Common",
@@ -114,7 +115,7 @@ class _Messages(logging.Handler):
     """Shows log records as one line each."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
+        text = redact(record.getMessage())
         if record.levelno >= logging.WARNING:
             stderr().print(Text.assemble(("warning: ", "yellow"), text))
         else:
@@ -251,7 +252,8 @@ def report_error(error: Exception, *, as_json: bool, debug: bool) -> None:
     if debugging(debug):
         import traceback
 
-        stderr().print(Text("".join(traceback.format_exception(error)).rstrip(), style="dim"))
+        text = redact("".join(traceback.format_exception(error)))
+        stderr().print(Text(text.rstrip(), style="dim"))
     if as_json:
         print_json({"error": _fields(error)})
         return
@@ -268,9 +270,9 @@ def report_error(error: Exception, *, as_json: bool, debug: bool) -> None:
                 body.append(f"\n{label + ':':<10}", style="bold")
                 body.append(value)
     elif exit_code(error) == 2:
-        body = Text(str(error))
+        body = Text(redact(str(error)))
     else:
-        body = Text(f"{type(error).__name__}: {error}")
+        body = Text(redact(f"{type(error).__name__}: {error}"))
         if not debugging(debug):
             body.append("\nRun it with --debug to see where this comes from.", style="dim")
     stderr().print(Panel(body, title="error", border_style="red", title_align="left"))
@@ -288,5 +290,5 @@ def _fields(error: Exception) -> dict[str, Any]:
             "key": error.key,
         }
     if exit_code(error) == 2:
-        return {"type": "UsageError", "message": str(error)}
-    return {"type": type(error).__name__, "message": str(error)}
+        return {"type": "UsageError", "message": redact(str(error))}
+    return {"type": type(error).__name__, "message": redact(str(error))}

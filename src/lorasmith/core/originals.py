@@ -115,8 +115,7 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if (path / _INDEX).is_file():
-        weight_map = json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-        return [path / name for name in sorted(set(weight_map.values()))]
+        return [path / name for name in _shards(path / _INDEX)]
     if (path / _SINGLE).is_file():
         return [path / _SINGLE]
     raise AttachError(
@@ -129,8 +128,27 @@ def _files(path: Path) -> list[Path]:
     )
 
 
+def _shards(index: Path) -> list[str]:
+    """Names of the files that an index lists, all of them beside it."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+        if all(Path(n).name == n and n not in ("", ".", "..") for n in names):
+            return names
+        got = next(n for n in names if Path(n).name != n)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        got = f"{type(error).__name__}: {error}"
+    raise AttachError(
+        "The index of the original weights is malformed.",
+        expected="names of tensors, and of the files beside it that hold them",
+        got=str(got)[:200],
+        file=index,
+        key="weight_map",
+    )
+
+
 def _file_readers(file: Path) -> dict[str, Callable[[], Tensor]]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     def reader(name: str) -> Callable[[], Tensor]:
         def read() -> Tensor:
@@ -140,5 +158,13 @@ def _file_readers(file: Path) -> dict[str, Callable[[], Tensor]]:
 
         return read
 
-    with safe_open(file, framework="pt") as opened:
-        return {name: reader(name) for name in opened.keys()}  # noqa: SIM118
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: reader(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise AttachError(
+            f"The original weights cannot be read: {error}.",
+            expected="a whole safetensors file",
+            file=file,
+            key="originals",
+        ) from error

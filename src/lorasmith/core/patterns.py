@@ -2,34 +2,120 @@
 
 Patterns come from configuration files of strangers, and a pattern such as ``(a+)+b``
 takes exponential time in Python's own ``re``, which cannot be interrupted. The ``regex``
-package can.
+package can, and one match may take ``TIME_LIMIT``. A file may hold many slow patterns and a
+model has many names, so what a match or a compilation takes beyond the usual microseconds is
+drawn from an allowance of ``TIME_LIMIT`` that all share, and that fills up again at a hundredth
+of the time that passes. A sane pattern never draws on it. Compiling cannot be interrupted:
+very long patterns, large counts and recursion (which ``re``, and so PEFT, does not have) are
+refused before.
+
+Names and lists of names, which nearly all patterns are, are told by their form and matched
+without regular expressions, with the same result.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
+import functools
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import regex
 
 from lorasmith.errors import ConfigError
 
-__all__ = ["check_regex", "first_matching_key", "matches_name", "matches_regex", "value_for"]
+__all__ = [
+    "check_regex",
+    "first_matching_key",
+    "match_beginning",
+    "matches_name",
+    "matches_regex",
+    "value_for",
+]
 
 T = TypeVar("T")
 
-#: Seconds that one match of one name may take. A sane pattern needs microseconds.
+#: Seconds that one match of one name may take, and that slow ones may take together.
 TIME_LIMIT = 0.5
+#: Seconds of processor time that a match, and a compilation, may take without drawing on that.
+_USUAL, _COMPILING = 30e-6, 3e-3
+#: Characters of a pattern; the product of its counts; patterns of one mapping.
+_LONGEST, _COUNTS, _MOST = 8192, 10_000, 100
+_COUNT = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*))?")
+_RECURSION = re.compile(r"\(\?(?:R|[+-]?\d|&|P>)")
+#: The end of a module's name: nothing in it but dots is special, and a dot is one character.
+_NAME = re.compile(r"(?:[\w-]|\\?\.)+", re.ASCII)
+#: Names in which nothing is special, as ``io.peft.shorten`` writes a list of them.
+_NAMES = re.compile(r"(?:[\w-]|\\[.-])+(?:\|(?:[\w-]|\\[.-])+)*", re.ASCII)
+
+
+class _Allowance:
+    """Seconds that slow matches of this process have taken, less what was given back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._spent, self._when = 0.0, time.monotonic()
+
+    def spend(self, seconds: float) -> bool:
+        """Draws on it, unless ``seconds`` is negative; whether it was enough."""
+        if seconds <= 0:
+            return True
+        with self._lock:
+            now = time.monotonic()
+            kept = max(0.0, self._spent - (now - self._when) / 100)
+            self._spent, self._when = kept + seconds, now
+            return self._spent <= TIME_LIMIT
+
+
+_allowance = _Allowance()
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(pattern: str) -> Any:
+    counts = 1
+    for least, most in _COUNT.findall(pattern):
+        # More digits than a count can have: as large as it is long.
+        counts *= max(1, *(int(n) if len(n) < 8 else 10 ** len(n[:9]) for n in (least, most) if n))
+    for what, value, limit in (
+        ("characters", len(pattern), _LONGEST),
+        ("repetitions, all counts multiplied", counts, _COUNTS),
+    ):
+        if value > limit:
+            raise ValueError(f"{value:,} {what}, at most {limit:,} are taken")
+    if _RECURSION.search(pattern):
+        raise ValueError("it calls itself, or a group of its own")
+    started = time.thread_time()
+    compiled = regex.compile(pattern)
+    _allowance.spend(time.thread_time() - started - _COMPILING)
+    return compiled
+
+
+@functools.lru_cache(maxsize=64)
+def _listed(pattern: str) -> frozenset[str] | None:
+    """The names that a pattern lists, if that is all it does."""
+    if not _NAMES.fullmatch(pattern):
+        return None
+    return frozenset(pattern.replace("\\", "").split("|"))
 
 
 def check_regex(pattern: str, *, key: str) -> None:
-    """Raises a ``ConfigError`` unless ``pattern`` is a valid regular expression."""
+    """Raises a ``ConfigError`` unless ``pattern`` is a usable regular expression."""
+    if _listed(pattern) is None:
+        _compile(pattern, key)
+
+
+def _compile(pattern: str, key: str) -> Any:
     try:
-        regex.compile(pattern)
-    except regex.error as error:
+        return _compiled(pattern)
+    except (regex.error, RecursionError, OverflowError, MemoryError, ValueError) as error:
         raise ConfigError(
-            f"{pattern!r} is not a valid regular expression: {error}.", key=key, got=pattern
+            f"{pattern[:200]!r} is not a valid regular expression: {error}.",
+            key=key,
+            expected="a regular expression for names of modules",
+            got=pattern[:200],
         ) from error
 
 
@@ -37,17 +123,46 @@ def matches_regex(pattern: str, name: str, *, key: str = "targets") -> bool:
     """Whether ``pattern`` matches the whole of ``name``.
 
     Raises:
-        ConfigError: If the pattern is not valid or takes longer than ``TIME_LIMIT``.
+        ConfigError: If the pattern is not valid, takes longer than ``TIME_LIMIT``, or is one of
+            many slow ones.
     """
-    check_regex(pattern, key=key)
+    listed = _listed(pattern)
+    if listed is not None:
+        return name in listed
+    return _match(_compile(pattern, key), name, key)
+
+
+def match_beginning(pattern: str, name: str, *, key: str) -> Any:
+    """The match of ``pattern`` with the beginning of ``name``, or ``None``.
+
+    Raises:
+        ConfigError: As :func:`matches_regex` does.
+    """
+    return _timed(_compile(pattern, key).match, pattern, name, key)
+
+
+def _match(compiled: Any, name: str, key: str) -> bool:
+    return _timed(compiled.fullmatch, compiled.pattern, name, key) is not None
+
+
+def _timed(match: Callable[..., Any], pattern: str, name: str, key: str) -> Any:
+    started = time.thread_time()
     try:
-        return regex.fullmatch(pattern, name, timeout=TIME_LIMIT) is not None
-    except TimeoutError as error:
-        raise ConfigError(
-            f"The regular expression {pattern!r} took over {TIME_LIMIT} s on {name!r}.",
-            key=key,
-            fix="avoid nested repetition such as (a+)+, or name the modules",
-        ) from error
+        found = match(name, timeout=TIME_LIMIT)
+        if _allowance.spend(time.thread_time() - started - _USUAL):
+            return found
+    except TimeoutError:
+        _allowance.spend(TIME_LIMIT)
+    except (RecursionError, MemoryError):
+        pass
+    raise ConfigError(
+        f"The regular expression {pattern[:200]!r} took over {TIME_LIMIT} s on "
+        f"{name[:200]!r}, by itself or together with others.",
+        key=key,
+        expected="microseconds for a name",
+        got=f"over {TIME_LIMIT} s",
+        fix="avoid nested repetition such as (a+)+, or name the modules",
+    )
 
 
 def matches_name(pattern: str, name: str) -> bool:
@@ -57,16 +172,82 @@ def matches_name(pattern: str, name: str) -> bool:
     return any(c in pattern for c in "*?[") and fnmatch.fnmatchcase(name, pattern)
 
 
+class _Keys:
+    """The keys of a mapping, those that are ends of names apart from regular expressions."""
+
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        #: (length, text after the last wildcard) → (place among the keys, parts between
+        #: wildcards with where they begin).
+        self.ends: dict[tuple[int, str], list[tuple[int, list[tuple[int, str]]]]] = {}
+        self.others: list[tuple[int, str]] = []
+        for place, key in enumerate(keys):
+            if not _NAME.fullmatch(key):
+                self.others.append((place, key))
+                continue
+            parts, start = [], 0
+            # An escaped dot is a dot, a plain one any character.
+            for part in key.replace("\\.", "\0").split("."):
+                parts.append((start, part.replace("\0", ".")))
+                start += len(part) + 1
+            self.ends.setdefault((start - 1, parts[-1][1]), []).append((place, parts))
+        self.tails = sorted({(length, len(tail)) for length, tail in self.ends})
+
+    def first(self, name: str) -> int | None:
+        """Place of the first of the ends that ``name`` or its dotted end is."""
+        found = None
+        for length, tail in self.tails:
+            rest = len(name) - length
+            if rest < 0 or (rest and name[rest - 1] != "."):
+                continue
+            for place, parts in self.ends.get((length, name[len(name) - tail :]), ()):
+                if found is not None and place > found:
+                    break
+                if all(name.startswith(text, rest + start) for start, text in parts):
+                    found = place
+                    break
+        return found
+
+
+@functools.lru_cache(maxsize=32)
+def _sorted(keys: tuple[str, ...]) -> _Keys:
+    return _Keys(keys)
+
+
 def first_matching_key(keys: Iterable[str], name: str) -> str | None:
     """The first key that, as a regular expression, matches ``name`` or its dotted end.
 
     This is the rule of PEFT's ``rank_pattern`` and ``alpha_pattern`` (0.21.2,
     ``get_pattern_key``), so that its files mean the same here.
+
+    Raises:
+        ConfigError: If a key is not valid, takes too long, or there are too many that are more
+            than the end of a name.
     """
-    for key in keys:
-        if matches_regex(rf"(.*\.)?({key})", name, key=key):
+    listed = tuple(keys)
+    if not listed:
+        return None
+    known = _sorted(listed)
+    if len(known.others) > _MOST:
+        raise ConfigError(
+            "There are too many regular expressions.",
+            key=known.others[0][1],
+            expected=f"at most {_MOST} keys that are more than the end of a name",
+            got=len(known.others),
+            fix="name the modules",
+        )
+    # No dot stands for a line end, so that such names go the long way.
+    best = known.first(name) if "\n" not in name else None
+    if "\n" in name:
+        for key in listed:
+            if _match(_compile(rf"(.*\.)?({key})", key), name, key):
+                return key
+        return None
+    for place, key in known.others:
+        if best is not None and place > best:
+            break
+        if _match(_compile(rf"(.*\.)?({key})", key), name, key):
             return key
-    return None
+    return None if best is None else listed[best]
 
 
 def value_for(pattern: Mapping[str, T], name: str, default: T) -> T:

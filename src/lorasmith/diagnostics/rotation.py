@@ -68,7 +68,9 @@ from lorasmith.diagnostics.records import (
     SkipReason,
     UnitRotation,
 )
-from lorasmith.diagnostics.sources import (
+from lorasmith.errors import AdapterFileError, ConfigError, ModelError
+from lorasmith.io import peft
+from lorasmith.io.sources import (
     Given,
     Matrix,
     MemoryMatrix,
@@ -76,8 +78,6 @@ from lorasmith.diagnostics.sources import (
     align,
     open_sides,
 )
-from lorasmith.errors import AdapterFileError, ConfigError, ModelError
-from lorasmith.io import peft
 from lorasmith.io.weights import AdapterWeights, FileState, check_finite
 
 __all__ = ["Progress", "Sums", "diagnose", "pair_sums"]
@@ -393,7 +393,7 @@ class _Plan:
         #: By name; the first reason counts.
         self.skipped: dict[str, Skipped] = {}
         for problem in before.weights.problems.values():
-            self.skip(problem)
+            self._skip(problem.name, problem.reason, problem.message)
         self.layouts = before.weights.layouts
         names = list(before.weights.layers)
         if self.same:

@@ -24,6 +24,9 @@ from lorasmith.fleet.records import Adapter
 
 __all__ = ["absorb_joint", "absorb_share"]
 
+#: Numbers of products of factors with components that are kept at a time.
+_PRODUCTS = 2**23
+
 
 def absorb_joint(
     layers: Sequence[Layer],
@@ -108,6 +111,7 @@ def absorb_share(
     members: Sequence[Member],
     allowed: float,
     most: int | None,
+    gauge: str = "aligned",
 ) -> tuple[list[Layer], Tensor]:
     """The layers with further adapters in them, cut to a budget.
 
@@ -118,6 +122,7 @@ def absorb_share(
         members: These adapters.
         allowed: The most that any adapter may lose; 0 cuts nothing.
         most: In its place: the largest number of directions or components.
+        gauge: In which the factors of the fleet are.
 
     Returns:
         New layers, and ‖ΔŴ − ΔŴ'‖² [N, L] that each adapter was moved by.
@@ -142,13 +147,10 @@ def absorb_share(
             if layer.module not in member.modules:
                 continue
             factors = member.factors(layer.module)
-            A, B = share.balance(factors.A, factors.B.mT.contiguous())
             new[k].energy[place] = square(factors.A, factors.B.mT)
-            A = torch.nn.functional.pad(A, (0, 0, 0, r - A.shape[0]))
-            B = torch.nn.functional.pad(B, (0, 0, 0, r - B.shape[0]))
-            Q = share.turn(A, B, down[:r], up[:r]).to(A.dtype)
-            rows_A.append((Q @ A).flatten())
-            rows_B.append((Q @ B).flatten())
+            A, B = share.placed(factors.A, factors.B.mT.contiguous(), down[:r], up[:r], gauge)
+            rows_A.append(A.flatten())
+            rows_B.append(B.flatten())
             who.append(len(old) + k)
         gathered.append((codes, rows_A, rows_B, who))
     totals = torch.tensor([float(a.energy.sum()) for a in everyone], dtype=torch.float64)
@@ -159,7 +161,9 @@ def absorb_share(
         if not who:
             continue
         r = layer.width
-        sizes = scales[who]
+        # An adapter that does nothing here has no part in the mean, and no loadings.
+        here = torch.tensor([float(everyone[n].energy[place]) > 0 for n in who])
+        sizes = torch.where(here, scales[who], torch.zeros_like(scales[who]))
         sides = []
         for basis, loads, rows in (
             (layer.up.unpack(), [c.left for c in codes], rows_B),
@@ -169,19 +173,17 @@ def absorb_share(
             sides.append(_share_side(flat, loads, rows, sizes))
         (mean_B, axes_B, load_B), (mean_A, axes_A, load_A) = sides
         full = max(axes_A.shape[0], axes_B.shape[0])
-        whole = _share_rows(mean_A, mean_B, axes_A, axes_B, load_A, load_B, full, r)
+        cut = _Cut(mean_A, mean_B, axes_A, axes_B, load_A, load_B, r)
         limit = torch.tensor(
             [room[n] * float(everyone[n].energy[place]) for n in who], dtype=torch.float64
         )
         k, gone = full, torch.zeros(len(who), dtype=torch.float64)
         if most is not None and most < full:
             k = most
-            cut = _share_rows(mean_A, mean_B, axes_A, axes_B, load_A, load_B, k, r)
-            gone = share.distance(whole[0], whole[1], *cut)[0]
+            gone = cut.loss(k)
         elif allowed and most is None:
             for tried in range(full):
-                cut = _share_rows(mean_A, mean_B, axes_A, axes_B, load_A, load_B, tried, r)
-                gone_here = share.distance(whole[0], whole[1], *cut)[0]
+                gone_here = cut.loss(tried)
                 if bool((gone_here <= limit).all()):
                     k, gone = tried, gone_here
                     break
@@ -287,21 +289,56 @@ def _share_side(
     return mean, components, found
 
 
-def _share_rows(
-    mean_A: Tensor,
-    mean_B: Tensor,
-    axes_A: Tensor,
-    axes_B: Tensor,
-    load_A: Tensor,
-    load_B: Tensor,
-    k: int,
-    r: int,
-) -> tuple[Tensor, Tensor]:
-    """Factors [1, n, r, d_in], [1, n, r, d_out] with k components."""
-    A = load_A[:, :1] * mean_A + load_A[:, 1 : k + 1] @ axes_A[:k]
-    B = load_B[:, :1] * mean_B + load_B[:, 1 : k + 1] @ axes_B[:k]
-    n = len(load_A)
-    return A.view(1, n, r, -1), B.view(1, n, r, -1)
+class _Cut:
+    """What adapters lose where only the first components are kept, ‖ΔW − ΔW'‖².
+
+    By way of the products of components with each other, in float64, as long as these are few;
+    else by way of the factors.
+    """
+
+    def __init__(
+        self,
+        mean_A: Tensor,
+        mean_B: Tensor,
+        axes_A: Tensor,
+        axes_B: Tensor,
+        load_A: Tensor,
+        load_B: Tensor,
+        r: int,
+    ) -> None:
+        n = len(load_A)
+        self._sides = []
+        for mean, axes, load in ((mean_A, axes_A, load_A), (mean_B, axes_B, load_B)):
+            rows = torch.cat((mean[None], axes)).to(torch.float64)
+            self._sides.append((rows.view(len(rows), r, -1), load.to(torch.float64)))
+        most = max(len(rows) for rows, _ in self._sides)
+        self._grams: list[Tensor] = []
+        if n * most * r * r <= _PRODUCTS:
+            for rows, _ in self._sides:
+                flat = rows.flatten(0, 1)
+                product = (flat @ flat.mT).view(len(rows), r, len(rows), r)
+                self._grams.append(product.permute(0, 2, 1, 3))
+
+    def loss(self, k: int) -> Tensor:
+        """[n], float64, with k components beside the mean."""
+        if self._grams:
+            whole, cross, kept = (
+                torch.stack([self._product(i, *cuts) for i in (0, 1)]).prod(0).sum((-2, -1))
+                for cuts in ((None, None), (None, k + 1), (k + 1, k + 1))
+            )
+            return (whole - 2 * cross + kept).clamp_min(0)
+        rows = [
+            torch.einsum("nf,frd->nrd", load[:, :cut], rows[:cut])
+            for cut in (None, k + 1)
+            for rows, load in self._sides
+        ]
+        return share.distance(*rows)
+
+    def _product(self, side: int, one: int | None, other: int | None) -> Tensor:
+        """Factors with so many components times factors with so many others [n, r, r]."""
+        load, G = self._sides[side][1], self._grams[side]
+        half = torch.einsum("nf,fgab->ngab", load[:, :one], G[:one, :other])
+        return torch.einsum("ng,ngab->nab", load[:, :other], half)
 
 
 def _share_rebuilt(

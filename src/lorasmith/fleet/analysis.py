@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.errors import ConfigError, MissingDependencyError
-from lorasmith.fleet.members import Member, Source, open_members
+from lorasmith.fleet.members import Member, Source, default_ids, open_members
 from lorasmith.fleet.similarity import SimilarityMatrix
 
 if TYPE_CHECKING:
@@ -581,7 +581,11 @@ def diff(
         MissingDependencyError: SciPy is not installed.
     """
     angles = _scipy("linalg").subspace_angles
-    first, second = open_members([a, b], allow_base_mismatch=allow_base_mismatch)
+    # A mapping: each is one adapter, and a directory of several is refused with their names.
+    first, second = open_members(
+        dict(zip(default_ids([a, b]), [a, b], strict=True)),
+        allow_base_mismatch=allow_base_mismatch,
+    )
     modules = list(dict.fromkeys((*first.modules, *second.modules)))
     records = []
     inner = 0.0
@@ -776,7 +780,7 @@ def coverage(
         ConfigError: If a basis does not fit its layer.
         UnsupportedFeatureError: If it has no low-rank factors.
     """
-    (member,) = open_members([source])
+    (member,) = open_members({default_ids([source])[0]: source})
     given = (
         subspace
         if isinstance(subspace, Mapping)

@@ -8,7 +8,8 @@ C_i = left_iᵀ right_i [R_u, R_d] is stored in one of four kinds:
 
     FULL      right = C, no left                    R_u rows of R_d
     FACTORED  left [k, R_u], right [k, R_d]         k rows of each; for k < R_u R_d / (R_u + R_d)
-    DIAGONAL  right = the diagonal                  1 row
+    DIAGONAL  right = the diagonal                  1 row of min(R_u, R_d); beside other kinds
+                                                    of R_d, zeros at the end
     LOADINGS  left = m, right = ℓ                   1 row of K + 1 each; C = (m ℓᵀ) ⊗ I_r
 
 An adapter's residual is k rows of length d_out and as many of length d_in.
@@ -17,14 +18,14 @@ An adapter's residual is k rows of length d_out and as many of length d_in.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from lorasmith.fleet.codec import Codec, Rows
 
-__all__ = ["ABSENT", "DIAGONAL", "FACTORED", "FULL", "LOADINGS", "Code", "Layer"]
+__all__ = ["ABSENT", "DIAGONAL", "FACTORED", "FULL", "LOADINGS", "Code", "Layer", "is_diagonal"]
 
 ABSENT, FULL, FACTORED, DIAGONAL, LOADINGS = range(5)
 
@@ -130,8 +131,16 @@ class Layer:
         ]
         return [Code(kind, *values) for kind, *values in zip(sizes[0], *parts, strict=True)]
 
+    @property
+    def diagonal(self) -> bool:
+        """Whether there are cores, and all of them are diagonal."""
+        kinds = set(self.index[:, 0].tolist()) - {ABSENT}
+        return kinds == {DIAGONAL}
+
     def put(self, number: int, code: Code) -> None:
         """Replaces what an adapter has here."""
+        if code.kind != LOADINGS and code.right.shape[1] != self.right.columns:
+            code = self._one_length(code)
         new = {
             "left": (1, code.left),
             "right": (2, code.right),
@@ -148,14 +157,22 @@ class Layer:
         self.index = self.index.clone()
         self.index[number] = torch.tensor(sizes)
 
+    def _one_length(self, code: Code) -> Code:
+        """Gives diagonals and rows of other kinds the same length, R_d; so the code too."""
+        Rd = len(self.down)
+        if self.right.columns != Rd:
+            others = [_long(other, Rd) for other in self.codes()]
+            self.refill(others)
+        return _long(code, Rd)
+
     def fill(self, codes: Sequence[Code]) -> None:
         """Replaces what all adapters have here, in the codecs there are."""
         for name in PARTS[2:]:
             rows: Rows = getattr(self, name)
-            values = [getattr(c, name) for c in codes]
+            # Codes of nothing are of any length.
+            values = [v for v in (getattr(c, name) for c in codes) if len(v)]
             packed = torch.cat(values) if values else torch.zeros(0, rows.columns)
-            columns = packed.shape[1] if values else rows.columns
-            setattr(self, name, Rows.pack(packed.reshape(-1, columns), rows.codec))
+            setattr(self, name, Rows.pack(packed, rows.codec))
         self.index = torch.tensor(
             [[c.kind, len(c.left), len(c.right), len(c.residual_up)] for c in codes],
             dtype=torch.int64,
@@ -193,7 +210,7 @@ class Layer:
             return torch.eye(Ru), right
         if code.kind == DIAGONAL:
             size = right.shape[1]
-            return torch.eye(size, Ru), torch.diag(right[0])
+            return torch.eye(size, Ru), torch.eye(size, Rd) * right.mT
         if code.kind == LOADINGS:
             eye = torch.eye(self.width)
             return torch.kron(left, eye), torch.kron(right, eye)
@@ -228,3 +245,16 @@ class Layer:
             rows: Rows = getattr(self, name)
             if rows.codec != codec:
                 setattr(self, name, Rows.pack(rows.unpack(), codec))
+
+
+def is_diagonal(core: Tensor) -> bool:
+    """Whether a matrix [R_u, R_d] has nothing beside its diagonal."""
+    return int(torch.count_nonzero(core)) == int(torch.count_nonzero(torch.diagonal(core)))
+
+
+def _long(code: Code, columns: int) -> Code:
+    """A diagonal with zeros at the end; other codes as they are."""
+    if code.kind != DIAGONAL:
+        return code
+    more = columns - code.right.shape[1]
+    return replace(code, right=torch.nn.functional.pad(code.right, (0, more)))

@@ -185,7 +185,7 @@ def share_rotate(
     points = widen(loadings[:, 1:], axes.shape[0]) + loadings[:, :1] * centre_in
     counted = scales > 0
     unit = points[counted] / scales[counted].to(wide).unsqueeze(1)
-    centre = unit.mean(0)
+    centre = unit.mean(0) if len(unit) else unit.new_zeros(unit.shape[1])
     centred = unit - centre
     values, vectors = torch.linalg.eigh(centred.mT @ centred)
     values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)

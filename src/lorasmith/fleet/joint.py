@@ -30,17 +30,40 @@ A core in factored form is left [r, R_u], right [r, R_d] with C = leftᵀ right.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["basis", "choose", "factor_root", "gram", "lost", "norms", "project", "root", "sweep"]
+__all__ = [
+    "ROUNDING",
+    "Stop",
+    "basis",
+    "choose",
+    "factor_root",
+    "gaussian",
+    "gram",
+    "lost",
+    "norms",
+    "project",
+    "root",
+    "spaces",
+    "sweep",
+]
 
 #: Eigenvalues below this share of the largest are rounding.
 _NOISE = 1e-13
-#: Columns beyond those wanted, and passes, of the block iteration.
-_MORE, _PASSES = 16, 3
+#: Columns beyond those wanted, and the most passes, of the block iteration.
+_MORE, _PASSES = 16, 16
+#: It ends where further passes would win less than this share of what is lost, ...
+_GAIN = 2e-3
+#: ... or this share of all, which float32 cannot tell.
+ROUNDING = 1e-7
+#: In place of 0 below a fraction.
+_TINY = 1e-300
+#: Numbers below which there is nothing to gain from float32.
+_SMALL = 2**18
 #: Columns that are multiplied at once in float32.
 _COLUMNS = 1024
 #: Ratio of a root's diagonal entries below which float32 products do not do.
@@ -106,7 +129,10 @@ def norms(A: Tensor, B: Tensor) -> Tensor:
 
 
 def basis(
-    A: Tensor, B: Tensor, most: int | None = None, roots: tuple[Tensor, Tensor] | None = None
+    A: Tensor,
+    B: Tensor,
+    most: int | None = None,
+    roots: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The leading common directions of ΔW_i on each layer, most important first.
 
@@ -120,16 +146,99 @@ def basis(
         ``up`` [L, k, d_out] and ``down`` [L, k', d_in], float32, orthonormal rows; on layers
         with fewer directions the last rows are zero.
     """
+    up, down, _, _ = spaces(A, B, most, roots)
+    return up, down
+
+
+def spaces(
+    A: Tensor,
+    B: Tensor,
+    most: int | None = None,
+    roots: tuple[Tensor, Tensor] | None = None,
+    energy: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`basis`, and :func:`project` of the same factors on it.
+
+    Args:
+        A: [L, N, r, d_in].
+        B: [L, N, r, d_out].
+        most: As for :func:`basis`.
+        roots: As for :func:`basis`; both times a weight w_i of each adapter, bases are those of
+            Σ w_i² ΔW_i ΔW_iᵀ and Σ w_i² ΔW_iᵀ ΔW_i.
+        energy: Σ w_i² ‖ΔW_i‖² [L], if it is at hand.
+    """
     T, S = (factor_root(A), factor_root(B)) if roots is None else roots
-    return _side(T, B, most), _side(S, A, most)
+    if energy is None and roots is None:
+        energy = (S.mT @ T).square().sum((1, 2, 3))
+    up, left = _side(T, B, most, energy)
+    down, right = _side(S, A, most, energy)
+    return up, down, left, right
 
 
-def _side(T: Tensor, outer: Tensor, most: int | None) -> Tensor:
-    """Leading directions of Σ outerᵀ T Tᵀ outer, as rows [L, k, d]."""
-    _, N, r, d = outer.shape
-    kind = outer.dtype if _few(N * r, d, most) else torch.float64
-    X = T.mT.to(kind) @ outer.to(kind)
-    return _leading(X.flatten(1, 2), most).to(torch.float32)
+def _side(
+    T: Tensor, outer: Tensor, most: int | None, energy: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Leading directions of Σ outerᵀ T Tᵀ outer, as rows [L, k, d], and outer rowsᵀ."""
+    L, N, r, d = outer.shape
+    full = min(N * r, d)
+    if _few(N * r, d, most):
+        assert most is not None
+        if energy is None:
+            energy = (T.mT @ gram(outer) @ T).diagonal(dim1=-2, dim2=-1).sum((1, 2))
+        rows, coordinates = _block(T.to(outer.dtype), outer, most, energy)
+        return rows.to(torch.float32), coordinates
+    # Of all directions the last ones are small differences.
+    kind = torch.float64 if most is None or most >= full or outer.numel() < _SMALL else outer.dtype
+    X = (T.mT.to(kind) @ outer.to(kind)).flatten(1, 2)
+    rows = _leading(X, most).to(torch.float32)
+    return rows, (outer.flatten(1, 2) @ rows.mT.to(outer.dtype)).view(L, N, r, -1)
+
+
+@functools.lru_cache(maxsize=16)
+def gaussian(*shape: int) -> Tensor:
+    """Standard normal numbers, the same for a shape each time; not to be written to."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+class Stop:
+    """When block iteration has found the leading directions, on all layers of a stack.
+
+    A pass wins energy, and the next one less of it, by a factor that is known from the last two
+    gains, or at first from the values: σ⁴ at the end of the block ÷ σ⁴ of the last one wanted.
+    Enough is what leaves little to be won, as a share of what is lost in any case.
+
+    Args:
+        energy: ‖X‖² [L], float64.
+        wanted: Number of directions.
+    """
+
+    def __init__(self, energy: Tensor, wanted: int) -> None:
+        self._energy, self._wanted = energy, wanted
+        self._kept: Tensor | None = None
+        self._won: Tensor | None = None
+        self._passes = 0
+
+    def __call__(self, values: Tensor) -> bool:
+        """Whether to stop.
+
+        Args:
+            values: [L, m], squared singular values in the span of this pass, falling.
+        """
+        kept, before = values[:, : self._wanted].sum(1), self._kept
+        self._kept, self._passes = kept, self._passes + 1
+        if before is None:
+            return False
+        won, lost = (kept - before).clamp_min(0), (self._energy - kept).clamp_min(0)
+        if self._won is None:
+            last = values[:, min(self._wanted, values.shape[1]) - 1]
+            fall = (values[:, -1] / last.clamp_min(_TINY)).square()
+        else:
+            fall = won / self._won.clamp_min(_TINY)
+        fall = fall.clamp(0, 0.95)
+        self._won = won
+        more = won * fall / (1 - fall)
+        done = (more <= _GAIN * lost) | (won <= ROUNDING * self._energy)
+        return bool(done.all()) or self._passes >= _PASSES
 
 
 def _few(n: int, d: int, most: int | None) -> bool:
@@ -141,43 +250,67 @@ def _few(n: int, d: int, most: int | None) -> bool:
 def _leading(X: Tensor, most: int | None) -> Tensor:
     """Leading right singular vectors of X [L, n, d], rows [L, k, d], zero beyond the rank."""
     n, d = X.shape[1:]
-    full = min(n, d)
-    wanted = full if most is None else min(most, full)
-    if _few(n, d, most):
-        rows, values = _block(X, wanted)
-    elif n < d:
-        values, vectors = torch.linalg.eigh(X @ X.mT)
-        values, vectors = values.flip(-1)[:, :wanted], vectors.flip(-1)[..., :wanted]
-        keep = values > _NOISE * values[:, :1]
-        scale = torch.where(keep, values.clamp_min(torch.finfo(X.dtype).tiny), 1.0).rsqrt()
-        rows = (vectors * scale.unsqueeze(1)).mT @ X
-    else:
-        values, vectors = torch.linalg.eigh(X.mT @ X)
-        values, rows = values.flip(-1)[:, :wanted], vectors.flip(-1)[..., :wanted].mT
+    wanted = min(n, d) if most is None else min(most, n, d)
+    values, vectors = torch.linalg.eigh(gram(X) if n < d else gram(X.mT))
+    values, vectors = values.flip(-1)[:, :wanted], vectors.flip(-1)[..., :wanted]
     keep = (values > _NOISE * values[:, :1]) & (values > 0)
-    rows = rows * keep.unsqueeze(-1)
     if n < d:
+        wide = X.to(torch.float64)
+        scale = torch.where(keep, values.clamp_min(torch.finfo(wide.dtype).tiny), 1.0).rsqrt()
         # Vectors of small values are orthogonal to a few digits only. QR keeps the order.
-        Q, R = torch.linalg.qr(rows.mT)
+        Q, R = torch.linalg.qr(wide.mT @ (vectors * (scale * keep).unsqueeze(1)))
         sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
-        rows = (Q * sign.unsqueeze(1)).mT * keep.unsqueeze(-1)
+        vectors = Q * sign.unsqueeze(1)
     used = int(keep.sum(1).max()) if keep.numel() else 0
-    return rows[:, :used]
+    rows: Tensor = (vectors * keep.unsqueeze(1)).mT[:, :used]
+    return rows
 
 
-def _block(X: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-    """Leading right singular vectors of X [L, n, d] by block iteration, and their values²."""
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(X.shape[2], wanted + _MORE, generator=generator, dtype=X.dtype)
-    Q = torch.linalg.qr(X.mT @ (X @ start.to(X.device)))[0]
-    for _ in range(_PASSES - 1):
-        Q = torch.linalg.qr(X.mT @ (X @ Q))[0]
-    # The iteration corrects what float32 rounds; what it ends with is made exact.
-    Q = torch.linalg.qr(Q.to(torch.float64))[0]
-    S = (X @ Q.to(X.dtype)).to(torch.float64)
-    values, vectors = torch.linalg.eigh(S.mT @ S)
-    rows = (Q @ vectors.flip(-1)[..., :wanted]).mT
-    return rows, values.flip(-1)[:, :wanted]
+def _block(T: Tensor, outer: Tensor, wanted: int, energy: Tensor) -> tuple[Tensor, Tensor]:
+    """Leading right singular vectors of X, X_i = T_iᵀ outer_i, by block iteration.
+
+    Starts in the span of a few random combinations of the rows, which the adapters take turns
+    in. Each pass multiplies by XᵀX, in factors, and ends with the best directions in its
+    span (Rayleigh-Ritz), until :class:`Stop` says that they are good enough.
+
+    Args:
+        T: [L, N, r, r].
+        outer: [L, N, r, d].
+        wanted: Number of directions.
+        energy: ‖X‖² [L].
+
+    Returns:
+        Rows [L, wanted, d], float64, and outer rowsᵀ [L, N, r, wanted].
+    """
+    L, N, r, _ = outer.shape
+    flat = outer.flatten(1, 2)
+
+    def across(root: Tensor, rows: Tensor) -> Tensor:
+        return (root @ rows.view(L, N, r, -1)).flatten(1, 2)
+
+    mixing = gaussian(N, r, r).to(outer)
+    turns = -(-(wanted + _MORE) // r)
+    mixed = T @ mixing
+    start = [
+        outer[:, turn::turns].flatten(1, 2).mT @ mixed[:, turn::turns].flatten(1, 2)
+        for turn in range(turns)
+    ]
+    Y = torch.cat(start, -1)
+    stop = Stop(energy, wanted)
+    while True:
+        Q = torch.linalg.qr(Y.to(torch.float64))[0]
+        left = flat @ Q.to(flat.dtype)
+        S = across(T.mT, left)
+        values, vectors = torch.linalg.eigh((S.mT @ S).to(torch.float64))
+        values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
+        if stop(values):
+            break
+        Y = flat.mT @ across(T, S)
+    chosen = vectors[..., :wanted]
+    here = values[:, :wanted] > ROUNDING**2 * values[:, :1]
+    rows = (Q @ chosen).mT * here.unsqueeze(-1)
+    coordinates = left @ (chosen * here.unsqueeze(1)).to(left.dtype)
+    return rows, coordinates.view(L, N, r, -1)
 
 
 def project(up: Tensor, down: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,9 +338,9 @@ def sweep(up: Tensor, down: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tenso
     """
     L, N, r, _ = A.shape
     right = (A.flatten(1, 2) @ down.mT).view(L, N, r, -1)
-    new_up = _side(factor_root(right), B, up.shape[1])
-    left = (B.flatten(1, 2) @ new_up.mT).view(L, N, r, -1)
-    return new_up, _side(factor_root(left), A, down.shape[1])
+    new_up, left = _side(factor_root(right), B, up.shape[1])
+    new_down, _ = _side(factor_root(left), A, down.shape[1])
+    return new_up, new_down
 
 
 def lost(

@@ -14,9 +14,14 @@ from lorasmith.fleet.members import MemberRecord
 __all__ = ["Absorbed", "Adapter", "BudgetWarning", "Projection", "Quantized", "Stats", "limit"]
 
 
+#: Errors below this are float32's rounding: ‖ΔW‖² and what is kept of it come from products in
+#: float32, each right to about 1e-7, and their difference can be no better.
+ROUNDING = 1e-6
+
+
 def limit(budget: float) -> float:
     """The budget and the rounding of what is compared with it."""
-    return budget * (1 + 1e-6) + 1e-9
+    return budget * (1 + 1e-6) + ROUNDING
 
 
 class BudgetWarning(UserWarning):

@@ -51,7 +51,7 @@ from lorasmith.fleet.members import check_id
 from lorasmith.fleet.multitask import MultiTaskModel
 from lorasmith.io.atomic import replace_files
 from lorasmith.io.fingerprint import Fingerprint, fingerprint
-from lorasmith.io.strict import parse_object
+from lorasmith.io.strict import check_inside, read_object
 from lorasmith.io.tensors import FileTensors
 from lorasmith.io.weights import as_path
 
@@ -515,7 +515,7 @@ class TaskRouter:
         folder = as_path(path).expanduser()
         file = folder / CONFIG
         try:
-            values = parse_object(file.read_bytes(), file)
+            values = read_object(file, root=folder)
         except OSError as error:
             raise AdapterFileError("There is no router.", file=file, got=error.strerror) from error
         if values.get("format") != FORMAT:
@@ -546,6 +546,7 @@ class TaskRouter:
                     file=folder,
                     fix="load the right base model, or pass allow_base_mismatch=True",
                 )
+        check_inside(folder / TENSORS, folder)
         router._classifier = _Classifier(classes, *_read(folder / TENSORS, len(classes)))
         router.report, router._threshold = report, threshold
         return router

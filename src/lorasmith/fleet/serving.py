@@ -259,6 +259,7 @@ class Acting:
         pre: Factor on the base layer's output [b, 1, d_out] or [d_out].
         gain: Factor on the sum, of the same shape.
         shift: What is added at last, of the same shape.
+        bare: Whether there is a core and nothing else.
     """
 
     rows: int
@@ -267,6 +268,12 @@ class Acting:
     pre: Tensor | None = None
     gain: Tensor | None = None
     shift: Tensor | None = None
+    bare: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        others = (self.pre, self.gain, self.shift)
+        bare = self.core is not None and not self.residuals and all(t is None for t in others)
+        object.__setattr__(self, "bare", bare)
 
     def moved(self, fn: Callable[[Tensor], Tensor]) -> Acting:
         """The same with every tensor replaced by what ``fn`` makes of it."""
@@ -535,8 +542,12 @@ class FleetVariant(Variant):
             return y
         if acting.rows and (carry.dim() < 2 or carry.shape[0] % acting.rows):
             raise wrong_rows(acting.rows, f"input of shape {tuple(carry.shape)}", base.info.name)
-        x = carry.to(lowrank.compute_dtype(carry))
         owned = owns_output(base.module, base)
+        if acting.bare and owned and not torch.is_grad_enabled():
+            up, down = state["up"], state["down"]
+            if _as_it_is(carry, y, up, acting):
+                return _added(acting, carry, y, up, down)
+        x = carry.to(lowrank.compute_dtype(carry))
         if acting.pre is not None:
             y, owned = _scaled(y, acting.pre, acting.rows), True
         core = acting.core
@@ -632,6 +643,40 @@ def _cast(core: Core, dtype: torch.dtype) -> Core:
         right=core.right.to(dtype),
         left=None if core.left is None else core.left.to(dtype),
     )
+
+
+def _as_it_is(x: Tensor, y: Tensor, up: Tensor, acting: Acting) -> bool:
+    """Whether nothing needs to be cast, and y [b, n, d_out] can be written into."""
+    return (
+        acting.core is not None
+        and x.dtype == up.dtype == y.dtype == acting.core.right.dtype
+        and x.dim() == y.dim() == 3
+        and y.is_contiguous()
+        and not torch.is_autocast_enabled(x.device.type)
+        and not lowrank.plain(y)
+    )
+
+
+def _added(acting: Acting, x: Tensor, y: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """y + U (C (V x)) in y's memory: :meth:`FleetVariant.after` without what is not there.
+
+    Of one token a row the products take no longer than the Python around them.
+
+    Args:
+        acting: A core and nothing else, in x's dtype.
+        x: [b, n, d_in].
+        y: [b, n, d_out], contiguous.
+        up: U [d_out, R_u].
+        down: V [R_d, d_in].
+    """
+    core, rows = acting.core, acting.rows or 1
+    assert core is not None
+    h = F.linear(x, down)
+    if h.shape[0] != rows:
+        h = _by_row(h, rows)
+    z = core(h, (up.shape[1], down.shape[0]))
+    y.view(-1, y.shape[2]).addmm_(z.reshape(-1, z.shape[2]), up.mT)
+    return y
 
 
 def _by_row(x: Tensor, rows: int) -> Tensor:

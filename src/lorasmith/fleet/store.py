@@ -34,6 +34,8 @@ from lorasmith.fleet.members import MemberRecord, check_id
 from lorasmith.fleet.records import Adapter
 from lorasmith.io.atomic import replace_files
 from lorasmith.io.fingerprint import Fingerprint
+from lorasmith.io.hub import fetch
+from lorasmith.io.strict import check_inside, read_object
 from lorasmith.io.tensors import FileTensors, sha256_of
 from lorasmith.io.weights import BaseModel, as_path
 
@@ -45,6 +47,7 @@ __all__ = [
     "CODES",
     "MANIFEST",
     "REST",
+    "check_target",
     "is_subspace",
     "load",
     "problems",
@@ -59,22 +62,30 @@ REST = "rest.safetensors"
 OWNED = frozenset({MANIFEST, BASIS, CODES, REST})
 #: Version of the format. A higher one is not read.
 FORMAT = 1
+#: Bytes of a manifest; an adapter takes a few hundred.
+_LARGEST = 2**30
+#: Tensors of a file: of each adapter those beside its factors.
+_MOST = 4_000_000
 _KIND = "lorasmith shared subspace"
 
 
 def is_subspace(path: str | os.PathLike[str]) -> bool:
-    """Whether a directory holds a shared subspace."""
-    return (Path(path).expanduser() / MANIFEST).is_file()
+    """Whether a directory, a URL or a repository of the hub holds a shared subspace.
+
+    Raises:
+        AdapterFileError: A URL, or the hub, cannot be read.
+        MissingDependencyError: A package for it is missing.
+    """
+    return fetch(path, (MANIFEST,)) is not None
 
 
-def save(subspace: SharedSubspace, path: str | os.PathLike[str]) -> Path:
-    """Writes a subspace to a directory; see ``SharedSubspace.save``."""
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """The directory to save to; what takes long can ask before it begins.
+
+    Raises:
+        AdapterFileError: It is a URL, or holds something other than a shared subspace.
+    """
     target = as_path(path).expanduser()
-    found = problems(subspace)
-    if found:
-        raise AdapterFileError(
-            "The subspace is damaged and is not saved.", got=found[0], file=target
-        )
     if (
         target.exists()
         and not is_subspace(target)
@@ -84,6 +95,17 @@ def save(subspace: SharedSubspace, path: str | os.PathLike[str]) -> Path:
             "The path holds something other than a shared subspace.",
             file=target,
             fix="choose a new or an empty directory",
+        )
+    return target
+
+
+def save(subspace: SharedSubspace, path: str | os.PathLike[str]) -> Path:
+    """Writes a subspace to a directory; see ``SharedSubspace.save``."""
+    target = check_target(path)
+    found = problems(subspace)
+    if found:
+        raise AdapterFileError(
+            "The subspace is damaged and is not saved.", got=found[0], file=target
         )
     resolved = Path(os.path.realpath(target))
     known = subspace._generation if subspace._source == resolved else None
@@ -153,6 +175,7 @@ def _write(subspace: SharedSubspace, folder: Path) -> None:
         "format": FORMAT,
         "version": __version__,
         "basis": subspace.basis,
+        "gauge": subspace.gauge,
         "budget": subspace.budget,
         "base": {
             "name": subspace.base.name,
@@ -224,12 +247,12 @@ def load(path: str | os.PathLike[str]) -> SharedSubspace:
     """Reads a subspace; see ``SharedSubspace.load``."""
     from lorasmith.fleet.subspace import SharedSubspace
 
-    folder = as_path(path).expanduser()
-    if not is_subspace(folder):
+    folder = fetch(path, (MANIFEST, BASIS, CODES, REST))
+    if folder is None:
         raise AdapterFileError(
             "There is no shared subspace.",
-            file=folder,
-            expected=f"a directory with {MANIFEST}",
+            file=path,
+            expected=f"a directory, URL or hub id with {MANIFEST}",
             fix="make one with lorasmith fleet compress",
         )
     generation = sha256_of(folder / MANIFEST)
@@ -264,18 +287,26 @@ def load(path: str | os.PathLike[str]) -> SharedSubspace:
 def _manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        size = file.stat().st_size
+        manifest = read_object(file, limit=_LARGEST, values=200_000 + size // 4, root=folder)
+    except OSError as error:
         raise AdapterFileError(f"The manifest cannot be read: {error}.", file=file) from error
-    if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
-        raise AdapterFileError("That is not a manifest of a shared subspace.", file=file)
+    if manifest.get("kind") != _KIND:
+        raise AdapterFileError(
+            "That is not a manifest of a shared subspace.",
+            file=file,
+            key="kind",
+            expected=_KIND,
+            got=repr(manifest.get("kind"))[:80],
+        )
     version = manifest.get("format")
     if type(version) is not int or not 1 <= version <= FORMAT:
         raise AdapterFileError(
             "The subspace has a format that this version of lorasmith does not read.",
             file=file,
+            key="format",
             expected=f"at most {FORMAT}",
-            got=version,
+            got=repr(version)[:80],
             fix="update lorasmith",
         )
     return manifest
@@ -290,10 +321,15 @@ def _check_files(folder: Path, manifest: Mapping[str, Any]) -> Iterator[AdapterF
         file = folder / name
         if not file.is_file():
             yield AdapterFileError("A file of the subspace is missing.", file=file)
-        elif file.stat().st_size != known["size"] or sha256_of(file) != known["sha256"]:
+            continue
+        check_inside(file, folder)
+        if file.stat().st_size != known["size"] or sha256_of(file) != known["sha256"]:
             yield AdapterFileError(
                 "A file of the subspace is not the one that its manifest names.",
                 file=file,
+                key=name,
+                expected=f"{known['size']} bytes with the SHA-256 {known['sha256']}"[:120],
+                got=f"{file.stat().st_size} bytes",
                 fix="it is damaged, or of another generation: copy the directory again",
             )
 
@@ -303,7 +339,7 @@ def _read(folder: Path, manifest: Mapping[str, Any]) -> SharedSubspace:
 
     for error in _check_files(folder, manifest):
         raise error
-    tensors = {name: FileTensors(folder / name) for name in manifest["files"]}
+    tensors = {name: FileTensors(folder / name, most=_MOST) for name in manifest["files"]}
     expected: dict[str, set[str]] = {name: set() for name in tensors}
     entries = manifest["adapters"]
     count = len(entries)
@@ -369,6 +405,7 @@ def _read(folder: Path, manifest: Mapping[str, Any]) -> SharedSubspace:
         adapters,
         base=BaseModel(base["name"], None if printed is None else Fingerprint.from_dict(printed)),
         budget=float(manifest["budget"]),
+        gauge=manifest.get("gauge"),
     )
 
 
@@ -377,8 +414,8 @@ def _read(folder: Path, manifest: Mapping[str, Any]) -> SharedSubspace:
 
 def validate(path: str | os.PathLike[str]) -> list[str]:
     """All that is wrong with a subspace on disk; nothing if it is whole."""
-    folder = as_path(path).expanduser()
     try:
+        folder = fetch(path, (MANIFEST, BASIS, CODES, REST)) or Path(path).expanduser()
         manifest = _manifest(folder)
         found = [str(error) for error in _check_files(folder, manifest)]
         if not found:
@@ -395,6 +432,8 @@ def problems(subspace: SharedSubspace) -> list[str]:
     found = []
     if subspace.basis not in ("joint", "share"):
         found.append(f"unknown basis {subspace.basis!r}")
+    if subspace.gauge not in (None, "aligned", "balanced", "stored"):
+        found.append(f"unknown gauge {subspace.gauge!r}")
     seen: set[str] = set()
     for adapter in subspace._adapters:
         try:
@@ -466,8 +505,7 @@ def _layer_problems(layer: Layer, count: int) -> list[str]:
         if not fits:
             found.append(f"a code of the kind {kind} with {left} and {right} rows is impossible")
     lefts, rights = Ru // layer.width, Rd // layer.width
-    kinds = set(index[:, 0].tolist())
-    if DIAGONAL in kinds and kinds <= {DIAGONAL, ABSENT}:
+    if layer.diagonal and layer.right.columns == min(Ru, Rd):
         rights = min(Ru, Rd)
     if (layer.left.columns, layer.right.columns) != (lefts, rights) and len(layer.right):
         found.append(

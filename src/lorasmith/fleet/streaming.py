@@ -11,7 +11,7 @@ each with its exact error, and the numbers of directions are chosen then. Where 
 (a generator), a core is made when its adapter passes, and turned with the basis afterwards; each
 truncation in between moves it by a known amount δ, and the error reported is the bound (Σ δ)².
 
-**Share.** The first block is built at once, further ones are absorbed.
+**Share.** The first block is built at once, and decides about the gauge; further ones are absorbed.
 """
 
 from __future__ import annotations

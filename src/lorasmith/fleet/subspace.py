@@ -34,8 +34,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -47,6 +48,7 @@ from lorasmith.errors import AdapterFileError, BaseMismatchError, ConfigError, U
 from lorasmith.fleet import incremental, share, store
 from lorasmith.fleet.absorbing import absorb_joint, absorb_share
 from lorasmith.fleet.building import (
+    FixedGauge,
     Gauge,
     Progress,
     Stacks,
@@ -55,8 +57,17 @@ from lorasmith.fleet.building import (
     build_share,
     coded,
 )
-from lorasmith.fleet.codec import Codec, Rows, codec_of
-from lorasmith.fleet.codes import DIAGONAL, FACTORED, FULL, LOADINGS, PARTS, Code, Layer
+from lorasmith.fleet.codec import Codec, codec_of
+from lorasmith.fleet.codes import (
+    DIAGONAL,
+    FACTORED,
+    FULL,
+    LOADINGS,
+    PARTS,
+    Code,
+    Layer,
+    is_diagonal,
+)
 from lorasmith.fleet.members import (
     LayerFactors,
     Member,
@@ -66,6 +77,7 @@ from lorasmith.fleet.members import (
     open_members,
     rebuild,
 )
+from lorasmith.fleet.quantizing import FINER, FOUR_BITS, measure, requantise, within_budget
 from lorasmith.fleet.records import (
     Absorbed,
     Adapter,
@@ -75,6 +87,7 @@ from lorasmith.fleet.records import (
     Stats,
     limit,
 )
+from lorasmith.fleet.residuals import Part, chosen
 from lorasmith.fleet.streaming import JointStream, Stream, blocks
 from lorasmith.io.weights import AdapterWeights, BaseModel
 
@@ -105,6 +118,9 @@ class SharedSubspace:
         base: The base model.
         budget: The error above which adding an adapter warns, and that :meth:`add` and
             :meth:`absorb` keep unless told otherwise.
+        gauge: What is done to factors before they enter the Share basis, ``"aligned"``,
+            ``"balanced"`` or ``"stored"``; ``None`` for the joint one, and for fleets that were
+            saved before this was written down (they are aligned).
     """
 
     def __init__(
@@ -115,8 +131,10 @@ class SharedSubspace:
         *,
         base: BaseModel | None = None,
         budget: float = DEFAULT_ERROR,
+        gauge: FixedGauge | None = None,
     ) -> None:
         self.basis: Basis = basis
+        self.gauge: FixedGauge | None = gauge
         self.base = base or BaseModel()
         self.budget = budget
         self._layers = list(layers)
@@ -141,7 +159,8 @@ class SharedSubspace:
         relative: bool = True,
         core: Literal["full", "diagonal"] = "full",
         sweeps: int = 0,
-        gauge: Gauge = "aligned",
+        gauge: Gauge = "auto",
+        bits: int | str | None = None,
         memory: int = MEMORY,
         allow_base_mismatch: bool = False,
         progress: Progress | None = None,
@@ -155,6 +174,7 @@ class SharedSubspace:
             basis: ``"joint"`` or ``"share"``.
             error: The most that each adapter may lose, relative squared error of ΔW over its
                 layers; the fewest bytes with which all of them keep it. The default, with 0.05.
+                0 loses nothing but float32's rounding, 1e-6 at the most.
             variance: In its place: the share of ‖ΔW‖² that is kept of every layer in the
                 mean over the adapters.
             components: In its place: directions of U and V (joint), or components beside the
@@ -164,51 +184,69 @@ class SharedSubspace:
             core: For the joint basis: all of C_i, or its diagonal only.
             sweeps: Alternating improvements of the joint basis. On real adapters one lowers the
                 mean error by 2 to 5 % and takes as long as all the rest.
-            gauge: What is done to factors for the Share basis (for comparisons).
+            gauge: What is done to factors for the Share basis: ``"aligned"``, ``"balanced"``,
+                ``"stored"`` (nothing), or ``"auto"``: whichever takes the fewest bytes for the
+                target, or loses least at the number of components, on a few layers spread
+                over the model. :attr:`gauge` tells which it was.
+            bits: Store it in so many bits, as :meth:`quantize` does. ``error`` is then kept
+                after rounding, and errors are those measured after it. The fleet is built two
+                or three times for that.
             memory: Bytes that factors may take at a time; where all take more they are read
                 from their files again for each step.
             allow_base_mismatch: Whether the adapters may name different base models.
             progress: Called with (phase, done, total).
 
         Raises:
-            ConfigError: An argument, or two that exclude each other.
+            ConfigError: An argument, or two that exclude each other; or the rounding to
+                ``bits`` alone loses more than ``error``.
             AdapterFileError: An adapter cannot be read.
             BaseMismatchError: They belong to different base models.
             UnsupportedFeatureError: One cannot be part of a fleet.
         """
         target = _target(error, variance, components, per_layer)
+        _check_bits(bits)
         _check_choice("basis", basis, ("joint", "share"))
         _check_choice("core", core, ("full", "diagonal"))
-        _check_choice("gauge", gauge, ("aligned", "balanced", "stored"))
+        _check_choice("gauge", gauge, ("auto", "aligned", "balanced", "stored"))
         members = open_members(sources, ids, allow_base_mismatch=allow_base_mismatch)
         sizes = _sizes(members)
         stacks = Stacks(members, list(sizes), sizes, memory=memory, progress=progress)
-        with torch.no_grad():
-            if basis == "joint":
-                built = build_joint(
-                    stacks,
-                    target,
-                    relative=relative,
-                    sweeps=sweeps,
-                    diagonal=core == "diagonal",
+        base = _base(members)
+        diagonal = core == "diagonal"
+
+        def build(aim: Target) -> SharedSubspace:
+            with torch.no_grad():
+                if basis == "joint":
+                    built = build_joint(
+                        stacks, aim, relative=relative, sweeps=sweeps, diagonal=diagonal
+                    )
+                else:
+                    built = build_share(stacks, aim, relative=relative, gauge=gauge)
+            adapters = [
+                Adapter(
+                    m.id,
+                    m.record,
+                    {k: m.rest[k].clone() for k in m.rest},
+                    m.nbytes,
+                    stacks.energy[n].clone(),
+                    built.lost[n].clone(),
                 )
-            else:
-                built = build_share(stacks, target, relative=relative, gauge=gauge)
-        adapters = [
-            Adapter(
-                m.id,
-                m.record,
-                {k: m.rest[k].clone() for k in m.rest},
-                m.nbytes,
-                stacks.energy[n].clone(),
-                built.lost[n].clone(),
+                for n, m in enumerate(members)
+            ]
+            return cls(
+                basis,
+                built.layers,
+                adapters,
+                base=base,
+                budget=_budget(target),
+                gauge=built.gauge,
             )
-            for n, m in enumerate(members)
-        ]
-        budget = target.error if target.error is not None else DEFAULT_ERROR
-        made = cls(basis, built.layers, adapters, base=_base(members), budget=budget)
-        made.check_budget()
-        return made
+
+        def measured(whole: SharedSubspace) -> None:
+            with torch.no_grad():
+                measure(whole._layers, whole._adapters, members)
+
+        return _finished(build, measured, target, bits)
 
     @classmethod
     def from_stream(
@@ -220,6 +258,7 @@ class SharedSubspace:
         error: float | None = None,
         components: int | None = None,
         relative: bool = True,
+        bits: int | str | None = None,
         most: int = 128,
         block: int = 16,
         allow_base_mismatch: bool = False,
@@ -240,24 +279,42 @@ class SharedSubspace:
                 there is a warning.
             components: As in :meth:`from_adapters`.
             relative: As in :meth:`from_adapters`.
+            bits: As in :meth:`from_adapters`. Of a generator the Share basis is built once,
+                so that errors may end above the budget, with a warning.
             most: Directions of each side of a layer that are kept on the way.
             block: Adapters that are in memory at a time.
             allow_base_mismatch: Whether they may name different base models.
             progress: Called with (phase, done, total); the total is 0 where it is not known.
         """
         target = _target(error, None, components, True)
+        _check_bits(bits)
         _check_choice("basis", basis, ("joint", "share"))
         stream = Stream(sources, ids, allow_base_mismatch)
+
+        def measured(whole: SharedSubspace) -> None:
+            done = 0
+            for group in blocks(stream, block):
+                with torch.no_grad():
+                    measure(whole._layers, whole._adapters, group, done)
+                done += len(group)
+                if progress is not None:
+                    progress("errors", done, stream.total)
+
+        true = measured if stream.again else None
         if basis == "share":
-            return cls._stream_share(stream, target, block, allow_base_mismatch, progress)
+
+            def absorbed(aim: Target) -> SharedSubspace:
+                whole = cls._stream_share(stream, aim, block, allow_base_mismatch, true, progress)
+                whole.budget = _budget(target)
+                return whole
+
+            return _finished(absorbed, true, target, bits, again=stream.again)
         once = not stream.again
         made = JointStream(max(most, components or 0), relative=relative, once=once)
         records: list[Adapter] = []
-        first: list[Member] = []
         with torch.no_grad():
             for group in blocks(stream, block):
                 made.feed(group)
-                first = first or group[:1]
                 zero = torch.zeros(0, dtype=torch.float64)
                 records += [
                     Adapter(
@@ -276,13 +333,17 @@ class SharedSubspace:
                     made.code(number, member)
                     if progress is not None:
                         progress("cores", number + 1, stream.total)
-            built, energy = made.build(target, progress)
-        for n, adapter in enumerate(records):
-            adapter.energy, adapter.lost = energy[n].clone(), built.lost[n].clone()
-        budget = target.error if target.error is not None else DEFAULT_ERROR
-        whole = cls(basis, built.layers, records, base=stream.base, budget=budget)
-        whole.check_budget()
-        return whole
+
+        def build(aim: Target) -> SharedSubspace:
+            with torch.no_grad():
+                built, energy = made.build(aim, progress)
+            adapters = [
+                replace(a, energy=energy[n].clone(), lost=built.lost[n].clone())
+                for n, a in enumerate(records)
+            ]
+            return cls(basis, built.layers, adapters, base=stream.base, budget=_budget(target))
+
+        return _finished(build, true, target, bits)
 
     @classmethod
     def _stream_share(
@@ -291,6 +352,7 @@ class SharedSubspace:
         target: Target,
         block: int,
         allow_base_mismatch: bool,
+        measured: Callable[[SharedSubspace], None] | None,
         progress: Progress | None,
     ) -> SharedSubspace:
         whole: SharedSubspace | None = None
@@ -318,12 +380,8 @@ class SharedSubspace:
                 raise AdapterFileError(
                     "There is no adapter.", expected="at least one", key="sources"
                 )
-            if stream.again:
-                for number, member in enumerate(stream):
-                    whole.measure(member, member.id, allow_base_mismatch=allow_base_mismatch)
-                    if progress is not None:
-                        progress("errors", number + 1, stream.total)
-        whole.check_budget()
+            if measured is not None:
+                measured(whole)
         return whole
 
     def check_budget(self) -> None:
@@ -485,7 +543,11 @@ class SharedSubspace:
         """Adds an adapter with the basis as it is; other adapters do not change.
 
         Beside its core it keeps a residual of low rank, on those layers and of those ranks
-        where a byte recovers most, until the error is within the budget.
+        where a byte recovers most, until the error is within the budget, rounding included.
+        Both together take no more than its own factors would, stored the same way: where the
+        basis is of no use they stand in place of a core. If the bits of the residuals lose
+        more than the budget, and no other adapter has one, residuals are stored in more of
+        them from then on; else there is a warning (:class:`BudgetWarning`).
 
         Args:
             source: The adapter.
@@ -502,11 +564,32 @@ class SharedSubspace:
         member = self._open(source, id, allow_base_mismatch)
         self._check_new(member.id)
         with torch.no_grad():
-            parts = self._project(member)
-            _keep_residuals(parts, allowed)
+            parts, codec = self._with_residuals(self._project(member), allowed)
+            for layer in self._layers:
+                layer.recode(residual_up=codec, residual_down=codec)
         return self._insert(member, parts, allowed)
 
-    def _insert(self, member: Member, parts: Mapping[str, _Part], allowed: float) -> Projection:
+    def _with_residuals(
+        self, parts: Mapping[str, Part], allowed: float
+    ) -> tuple[dict[str, Part], Codec]:
+        """The parts with residuals that keep the budget after rounding, and their codec.
+
+        Residuals of others stay as they are stored; without any, more bits are taken where it
+        needs them.
+        """
+        codec: Codec = self._layers[0].residual_up.codec if self._layers else "float32"
+        made, met = chosen(parts, allowed, codec)
+        if any(len(layer.residual_up) for layer in self._layers):
+            return made, codec
+        for finer in FINER[codec]:
+            if met:
+                break
+            other, met = chosen(parts, allowed, finer)
+            if met:
+                made, codec = other, finer
+        return made, codec
+
+    def _insert(self, member: Member, parts: Mapping[str, Part], allowed: float) -> Projection:
         """Puts a projected adapter in; what can fail has been done before."""
         rest = {k: member.rest[k].clone() for k in member.rest}
         record = member.record
@@ -528,7 +611,14 @@ class SharedSubspace:
         self._adapters.append(Adapter(member.id, record, rest, member.nbytes, energy, gone))
         made = self._projection(number, allowed)
         if not made.within:
-            _warn(_beyond(made))
+            text = _beyond(made)
+            codec = self._layers[0].residual_up.codec
+            if made.residual_rank and codec != "float32":
+                text += (
+                    f" That is the rounding of its residual to {codec}; remove it, "
+                    "quantize(…, residuals=16), and add it again."
+                )
+            _warn(text)
         return made
 
     def _projection(self, number: int, allowed: float) -> Projection:
@@ -618,10 +708,10 @@ class SharedSubspace:
                 key="id",
             )
 
-    def _project(self, member: Member) -> dict[str, _Part]:
+    def _project(self, member: Member) -> dict[str, Part]:
         """What the basis holds of each layer of an adapter, and what is left over."""
         self_layers = {layer.module: layer for layer in self._layers}
-        found: dict[str, _Part] = {}
+        found: dict[str, Part] = {}
         for module in member.modules:
             factors = member.factors(module)
             A, B = factors.A, factors.B.mT.contiguous()
@@ -633,9 +723,9 @@ class SharedSubspace:
                     module, B.new_zeros(start, B.shape[1]), A.new_zeros(start, A.shape[1]), 0, width
                 )
                 code = self._fit(blank, A, B)
-                found[module] = _Part.of(None, code, blank, A, B)
+                found[module] = Part.of(None, code, blank, A, B)
             else:
-                found[module] = _Part.of(layer, self._fit(layer, A, B), layer, A, B)
+                found[module] = Part.of(layer, self._fit(layer, A, B), layer, A, B)
         return found
 
     def _fit(self, layer: Layer, A: Tensor, B: Tensor) -> Code:
@@ -648,19 +738,14 @@ class SharedSubspace:
             right, left = share.balance(
                 incremental.coordinates(A, down), incremental.coordinates(B, up)
             )
-            if int(layer.index[:, 0].max() if len(layer.index) else 0) == DIAGONAL:
+            if layer.diagonal:
                 return coded(left, right, layer.sizes, diagonal=True)
             return coded(left, right, layer.sizes)
         r = layer.width
-        # A of a higher rank than the basis is made for: its best part.
-        A, B = share.balance(A, B)
-        A, B = A[:r], B[:r]
-        A = torch.nn.functional.pad(A, (0, 0, 0, r - A.shape[0]))
-        B = torch.nn.functional.pad(B, (0, 0, 0, r - B.shape[0]))
-        Q = share.turn(A, B, down[:r], up[:r]).to(A.dtype)
+        A, B = share.placed(A, B, down[:r], up[:r], self.gauge or "aligned")
         ups, downs = up.view(-1, r * up.shape[1]), down.view(-1, r * down.shape[1])
-        left = incremental.coordinates((Q @ B).reshape(1, -1), ups)
-        right = incremental.coordinates((Q @ A).reshape(1, -1), downs)
+        left = incremental.coordinates(B.reshape(1, -1), ups)
+        right = incremental.coordinates(A.reshape(1, -1), downs)
         return Code(LOADINGS, left, right, *none)
 
     # -- taking adapters out -----------------------------------------------------------------
@@ -761,7 +846,9 @@ class SharedSubspace:
                 if module not in self.modules:
                     self._new_layer(module, member.sizes[module])
         with torch.no_grad():
-            absorb = absorb_joint if self.basis == "joint" else absorb_share
+            absorb = absorb_joint
+            if self.basis == "share":
+                absorb = partial(absorb_share, gauge=self.gauge or "aligned")
             entering, codecs = self._prepare(members), self._codecs()
             layers, moved = absorb(
                 self._layers, self._adapters, entering, members, allowed, components
@@ -769,7 +856,7 @@ class SharedSubspace:
             self._layers = layers
             report = self._settle(entering, moved)
             if any(codec != "float32" for codec in codecs.values()):
-                again = torch.stack([self._requantise(x, codecs) for x in self._layers], 1)
+                again = torch.stack([requantise(x, codecs) for x in self._layers], 1)
                 self._move(again)
         added = tuple(self._projection(n, allowed) for n in range(old, len(self._adapters)))
         for record in added:
@@ -824,8 +911,8 @@ class SharedSubspace:
 
         Args:
             id: Its name.
-            cores: Module name → C [R_u, R_d]; or for the Share basis the loadings
-                (m [K + 1], ℓ [K + 1]).
+            cores: Module name → C [R_u, R_d], of which only the diagonal is stored where there
+                is nothing else; or for the Share basis the loadings (m [K + 1], ℓ [K + 1]).
             record: What it takes to rebuild it.
             rest: Tensors beside the factors, under the names that the record says.
 
@@ -849,6 +936,9 @@ class SharedSubspace:
                 core = given.detach().float()
                 wanted, got = layer.ranks, tuple(core.shape)
                 code = Code(FULL, torch.zeros(0, len(layer.up)), core, *none)
+                if wanted == got and min(got) > 1 and is_diagonal(core):
+                    values = torch.diagonal(core).reshape(1, -1)
+                    code = replace(code, kind=DIAGONAL, right=values)
             if wanted != got or isinstance(given, tuple) != (self.basis == "share"):
                 raise ConfigError(
                     "A core does not fit the basis.",
@@ -902,9 +992,10 @@ class SharedSubspace:
             left = pad(code.left, (0, more_up))
             if code.kind == FULL:
                 right = pad(code.right, (0, more_down, 0, more_up))
-            elif code.kind == DIAGONAL:  # a diagonal is as long as the shorter side
+            elif code.kind == DIAGONAL:
                 Ru, Rd = len(layer.up) + more_up, len(layer.down) + more_down
-                right = pad(code.right, (0, min(Ru, Rd) - code.right.shape[1]))
+                size = min(Ru, Rd) if layer.diagonal else Rd
+                right = pad(code.right, (0, size - code.right.shape[1]))
             else:
                 right = pad(code.right, (0, more_down))
             wide.append(replace(code, left=left, right=right))
@@ -925,13 +1016,16 @@ class SharedSubspace:
     ) -> Quantized:
         """Stores basis, codes and residuals in fewer bits, in memory and on disk.
 
-        Codes are fitted anew to the basis as it is after rounding. Adapters that come later
-        are stored the same way.
+        The directions of a joint basis are turned for it, after which they are in no order,
+        and codes fitted anew to the basis as it is after rounding; see
+        :mod:`lorasmith.fleet.quantizing`. Adapters that come later are stored the same way.
+        To keep an error budget with rounding, give ``bits`` to :meth:`from_adapters`.
 
         Args:
             bits: 32, 16, 8, 4 or ``"nf4"``; see :mod:`lorasmith.fleet.codec`.
             basis: Of the basis, if others.
-            codes: Of the codes, if others.
+            codes: Of the codes, if others. Loadings of the Share basis have 8 bits at least
+                unless they are given here.
             residuals: Of the residuals, if others.
 
         Returns:
@@ -943,42 +1037,18 @@ class SharedSubspace:
             (("left", "right"), codes),
             (("residual_up", "residual_down"), residuals),
         ):
-            chosen |= dict.fromkeys(names, codec_of(bits if own is None else own))
+            codec = codec_of(bits if own is None else own)
+            if own is None and self.basis == "share" and "left" in names and codec in FOUR_BITS:
+                codec = "int8"
+            chosen |= dict.fromkeys(names, codec)
         before = self.stats()
         moved = torch.zeros(len(self), len(self._layers), dtype=torch.float64)
         with torch.no_grad():
             for place, layer in enumerate(self._layers):
-                moved[:, place] = self._requantise(layer, chosen)
+                moved[:, place] = requantise(layer, chosen)
         report = self._move(moved)
         after = self.stats()
         return Quantized(_compressed(before), _compressed(after), report)
-
-    def _requantise(self, layer: Layer, codecs: Mapping[str, Codec]) -> Tensor:
-        """Squared distances [N] that the adapters move."""
-        old_up, old_down = layer.up.unpack(), layer.down.unpack()
-        codes = layer.codes()
-        old = [layer.rows(code, old_up, old_down) for code in codes]
-        layer.recode(up=codecs["up"], down=codecs["down"])
-        new_up, new_down = layer.up.unpack(), layer.down.unpack()
-        fit_up = _refit(old_up, new_up, layer.width)
-        fit_down = _refit(old_down, new_down, layer.width)
-        for part in ("left", "right", "residual_up", "residual_down"):
-            rows = getattr(layer, part)
-            setattr(layer, part, type(rows).empty(rows.columns, codecs[part]))
-        fitted = []
-        for code in codes:
-            if code.kind == FULL:
-                code = replace(code, right=fit_up.mT @ code.right @ fit_down)
-            elif code.kind in (FACTORED, LOADINGS):
-                code = replace(code, left=code.left @ fit_up, right=code.right @ fit_down)
-            fitted.append(code)
-        layer.fill(fitted)
-        moved = torch.zeros(len(self), dtype=torch.float64)
-        for n, ((A, B), code) in enumerate(zip(old, layer.codes(), strict=True)):
-            if len(A):
-                now_A, now_B = layer.rows(code, new_up, new_down)
-                moved[n] = share.distance(A, B, now_A, now_B)
-        return moved
 
     def measure(self, source: Source, id: str, *, allow_base_mismatch: bool = False) -> Projection:  # noqa: A002
         """The true error of an adapter, by comparing with the original; kept in ``errors``.
@@ -1067,7 +1137,7 @@ class SharedSubspace:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SharedSubspace:
-        """Reads it from a directory.
+        """Reads it from a directory, a URL that fsspec knows, or a repository of the hub.
 
         Raises:
             AdapterFileError: It is not one, incomplete or damaged.
@@ -1080,81 +1150,6 @@ class SharedSubspace:
 
 
 # Inside ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Part:
-    """What a basis holds of one layer of an adapter.
-
-    Attributes:
-        layer: The layer of the subspace, ``None`` if it has none of that name.
-        code: What is held.
-        energy: ‖ΔW‖².
-        lost: ‖ΔW − ΔŴ‖².
-        left_over: ΔW − ΔŴ as rows (A, B).
-        whole: ΔW likewise.
-    """
-
-    layer: Layer | None
-    code: Code
-    energy: float
-    lost: float
-    left_over: tuple[Tensor, Tensor]
-    whole: tuple[Tensor, Tensor]
-
-    @classmethod
-    def of(cls, own: Layer | None, code: Code, layer: Layer, A: Tensor, B: Tensor) -> _Part:
-        # As it will be stored, rounded.
-        code = replace(
-            code,
-            left=Rows.pack(code.left, layer.left.codec).unpack(),
-            right=Rows.pack(code.right, layer.right.codec).unpack(),
-        )
-        left, right = layer.wide(code)
-        rows_A = torch.cat((A, right @ layer.down.unpack()))
-        rows_B = torch.cat((B, -(left @ layer.up.unpack())))
-        gone = incremental.square(rows_A, rows_B)
-        return cls(own, code, incremental.square(A, B), gone, (rows_A, rows_B), (A, B))
-
-
-def _keep_residuals(parts: Mapping[str, _Part], allowed: float) -> None:
-    """Gives each layer the residual that brings the whole within the budget for fewest bytes."""
-    energy = sum(p.energy for p in parts.values())
-    gone = sum(p.lost for p in parts.values())
-    if gone <= allowed * energy:
-        return
-    spectra = {}
-    gains: list[tuple[float, float, str]] = []
-    for module, part in parts.items():
-        A, B = part.left_over
-        spectrum = Product(B.mT.to(torch.float64), A.to(torch.float64)).spectrum()
-        spectra[module] = spectrum
-        cost = A.shape[1] + B.shape[1]
-        gains += [
-            (float(s) ** 2 / cost, float(s) ** 2, module) for s in spectrum.S[: spectrum.useful]
-        ]
-    gains.sort(reverse=True)
-    ranks: dict[str, int] = {}
-    for _, gain, module in gains:
-        if gone <= allowed * energy:
-            break
-        ranks[module] = ranks.get(module, 0) + 1
-        gone -= gain
-    for module, k in ranks.items():
-        part, spectrum = parts[module], spectra[module]
-        made = spectrum.factors(k, 1.0)
-        part.code = replace(
-            part.code, residual_up=made["B"].mT.contiguous(), residual_down=made["A"]
-        )
-        part.lost = float(spectrum.S[k:].square().sum())
-
-
-def _refit(old: Tensor, new: Tensor, width: int) -> Tensor:
-    """T [R, R] such that (c T) new is nearest to c old for every row c of coordinates."""
-    if not len(old):
-        return torch.zeros(0, 0)
-    n = len(old) // width
-    return incremental.coordinates(old.reshape(n, -1), new.reshape(n, -1))
 
 
 def _cut(factors: LayerFactors, most: int) -> LayerFactors:
@@ -1228,6 +1223,43 @@ def _target(
     if error is not None:
         _share("error", error)
     return Target(error, variance, components, per_layer)
+
+
+def _budget(target: Target) -> float:
+    return target.error if target.error is not None else DEFAULT_ERROR
+
+
+def _check_bits(bits: int | str | None) -> None:
+    if bits is not None:
+        codec_of(bits)
+
+
+def _finished(
+    build: Callable[[Target], SharedSubspace],
+    measured: Callable[[SharedSubspace], None] | None,
+    target: Target,
+    bits: int | str | None,
+    *,
+    again: bool = True,
+) -> SharedSubspace:
+    """A fleet in so many bits; warns where adapters are beyond the budget."""
+    if bits is None:
+        made = build(target)
+    elif target.error is None:
+        made = build(target)
+        made.quantize(bits)
+        if measured is not None:
+            measured(made)
+    else:
+        made = within_budget(
+            lambda error: build(replace(target, error=error)),
+            measured,
+            target.error,
+            bits,
+            again=again,
+        )
+    made.check_budget()
+    return made
 
 
 def _share(name: str, value: float) -> float:

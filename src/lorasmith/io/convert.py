@@ -141,6 +141,7 @@ def convert(
     energy: float | None = None,
     model: nn.Module | None = None,
     allow_base_mismatch: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Conversion:
     """Makes the plain LoRA that is nearest to an adapter, and says how near it is.
 
@@ -163,6 +164,7 @@ def convert(
         model: The base model. Needed where the change depends on W and ``adapter`` is not
             attached to it.
         allow_base_mismatch: Whether ``model`` may be another than the adapter was made for.
+        progress: Called with (phase, layers done, layers in all).
 
     Raises:
         ConfigError: Neither ``to`` nor ``energy`` says the rank, or ``model`` is needed.
@@ -193,6 +195,8 @@ def convert(
                 )
             tensors[name] = spectrum.factors(rank, scaling)
             records.append(change.record(name, spectrum, rank, scaling, tensors[name]))
+            if progress is not None:
+                progress("converting", len(records), len(source.weights.modules))
     ranks = {n: t["A"].shape[0] for n, t in tensors.items()}
     config = plain_lora(config, ranks, source.weights.config.modules_to_save)
     made = Conversion(_assemble(config, tensors, source.weights), variant.name, tuple(records))

@@ -30,11 +30,11 @@ from lorasmith.core.registry import variant_of
 from lorasmith.core.state import LayerAdapter, SharedTensors
 from lorasmith.core.targets import candidates
 from lorasmith.core.variant import Factors, NewTensors
-from lorasmith.errors import AdapterFileError, BaseMismatchError, LorasmithError
+from lorasmith.errors import AdapterFileError, BaseMismatchError, ConfigError, LorasmithError
 from lorasmith.io import peft
 from lorasmith.io.fingerprint import Fingerprint, fingerprint
 from lorasmith.io.hub import locate
-from lorasmith.io.strict import parse_object
+from lorasmith.io.strict import check_inside, parse_object, read_limited, read_object
 from lorasmith.io.tensors import FileTensors, identity, sha256_of
 from lorasmith.io.weights import (
     FORMAT,
@@ -78,10 +78,19 @@ def save(
         The directory.
 
     Raises:
+        ConfigError: If that is no model.
         UnknownNameError: If there is no such adapter.
         AdapterFileError: If a value is not finite, the path holds something other than an
             adapter, or writing fails.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            "Only an adapter on a model is saved by this function.",
+            expected="a model (torch.nn.Module)",
+            got=type(model).__name__,
+            fix="fleets and adapters that have been read have a method for it: .save(path)",
+            key="model",
+        )
     weights = AdapterWeights.from_model(model, name)
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_rank():
@@ -149,8 +158,10 @@ def _read(folder: Path) -> AdapterWeights:
             if pickled
             else "save or download the adapter again (pickle files are not read)",
         )
-    data = config_file.read_bytes()
+    check_inside(weights_file, folder)
+    data = read_limited(config_file, root=folder)
     fields = parse_object(data, config_file)
+    peft.check_fields(fields, config_file)
     tensors = FileTensors(weights_file)
     record = _own_record(folder, data, weights_file)
     config, unsupported = None, None
@@ -176,6 +187,8 @@ def _read(folder: Path) -> AdapterWeights:
         if error.file is not None:
             raise
         raise in_file(error, folder) from error
+    except ConfigError as error:  # a pattern of ranks that takes too long
+        raise in_file(error, config_file) from error
 
 
 def _own_record(folder: Path, config: bytes, weights: Path) -> dict[str, Any] | None:
@@ -184,7 +197,7 @@ def _own_record(folder: Path, config: bytes, weights: Path) -> dict[str, Any] | 
 
     own = folder / OWN
     try:
-        record = parse_object(own.read_bytes(), own)
+        record = read_object(own, root=folder)
     except FileNotFoundError:
         return None
     version = record.get("format")
@@ -220,7 +233,9 @@ def _own_record(folder: Path, config: bytes, weights: Path) -> dict[str, Any] | 
         f"The files are of different generations: {changed} is not the one that was saved "
         f"with {kept}.",
         file=folder / changed,
+        key=changed,
         expected="the file with the SHA-256 that lorasmith.json records",
+        got="another: it was replaced, or is damaged",
         fix="copy or save the adapter again; if the change was meant, delete " + OWN,
     )
 
@@ -256,7 +271,11 @@ def _names(record: Mapping[str, Any] | None, key: str, file: Path) -> list[str]:
     values = [] if record is None else record.get(key, [])
     if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
         raise AdapterFileError(
-            "A field is malformed.", file=file, key=key, expected="a list of names"
+            "A field is malformed.",
+            file=file,
+            key=key,
+            expected="a list of names",
+            got=repr(values)[:200],
         )
     return values
 
@@ -269,7 +288,11 @@ def _sizes(record: Mapping[str, Any] | None, file: Path) -> dict[str, tuple[int,
     ):
         return {module: (v[0], v[1]) for module, v in values.items()}
     raise AdapterFileError(
-        "A field is malformed.", file=file, key="sizes", expected="{module: [d_in, d_out]}"
+        "A field is malformed.",
+        file=file,
+        key="sizes",
+        expected="{module: [d_in, d_out]}",
+        got=repr(values)[:200],
     )
 
 
@@ -333,8 +356,8 @@ def load(
         )
     _refuse_unexpected(root, weights, file)
     check_base(root, weights, allow_base_mismatch)
-    infos = _layers(root, weights, file)
-    _check_targets(root, weights, file)
+    infos = layers_on(root, weights, file)
+    check_targets(root, weights, file)
     layers = list(infos.values())
     if not dequantize and weights.variant.weight_use(weights.config) == "always":
         refuse_unreadable(weights.variant, weights.config, layers)
@@ -379,6 +402,7 @@ def _refuse_unexpected(root: nn.Module, weights: AdapterWeights, file: Path) -> 
         f"The file holds a tensor that the adapter does not use: {reason}.",
         file=file,
         key=key,
+        expected="tensors that the configuration explains",
         got=f"{len(unexpected)} such tensors",
         fix="load it with PEFT; lorasmith.read_adapter shows such tensors in .extras",
     )
@@ -426,7 +450,8 @@ def check_base(root: nn.Module, weights: AdapterWeights, allow: bool) -> None:
         )
 
 
-def _layers(root: nn.Module, weights: AdapterWeights, file: Path) -> dict[str, LayerInfo]:
+def layers_on(root: nn.Module, weights: AdapterWeights, file: Path) -> dict[str, LayerInfo]:
+    """Module name → the model's layer, of each that the adapter has tensors for; or an error."""
     known = {c.info.name: c.info for c in candidates(root)}
     found = {}
     for module in weights.modules:
@@ -447,7 +472,7 @@ def _layers(root: nn.Module, weights: AdapterWeights, file: Path) -> dict[str, L
     return found
 
 
-def _check_targets(root: nn.Module, weights: AdapterWeights, file: Path) -> None:
+def check_targets(root: nn.Module, weights: AdapterWeights, file: Path) -> None:
     """Tensors and configuration must name the same layers, as PEFT reads the latter."""
     heads = {c.info.name for c in candidates(root) if c.is_head}
     able = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -455,7 +480,10 @@ def _check_targets(root: nn.Module, weights: AdapterWeights, file: Path) -> None
     names += [
         n for n, m in root.named_modules() if isinstance(m, able) and n in peft.module_names(root)
     ]
-    wanted = peft.targeted(weights.peft, names, heads.__contains__)
+    try:
+        wanted = peft.targeted(weights.peft, names, heads.__contains__)
+    except ConfigError as error:  # an expression that is wrong or takes too long
+        raise in_file(error, file.with_name(peft.CONFIG)) from error
     if wanted is None:
         return
     here = set(weights.modules)

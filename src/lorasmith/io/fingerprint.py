@@ -151,7 +151,10 @@ class Fingerprint:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise AdapterFileError(
-                f"The record of the base model cannot be read: {error!r}.", key="fingerprint"
+                f"The record of the base model cannot be read: {error!r}.",
+                key="fingerprint",
+                expected="structure, tensors, parameters and sketch",
+                got=repr(values)[:200],
             ) from error
 
 

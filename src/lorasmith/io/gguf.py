@@ -22,6 +22,9 @@ Values come from ``gguf.quants.dequantize``, a few rows at a time: blocks never 
 A quantised tensor is float32 (what its blocks stand for is exact in it); F32, F16 and BF16
 tensors come as they are stored.
 
+Vectors (norms, biases) are small, and apart: :attr:`GgufModel.vectors`. Gemma's and Nemotron's
+norms compute with 1 + w; their files hold that sum, and one is taken off again.
+
 Memory: the rows that are asked for, and a block of them in the file's form. ``GGUFReader``
 maps the file, and is let go when the table of tensors is read; the tensors themselves are read
 with plain reads, since pages of a mapped file count as memory of the process.
@@ -44,9 +47,10 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.errors import MissingDependencyError, ModelError
-from lorasmith.io.models import ResolvedModel, first_line, load_config, quiet
+from lorasmith.io.gguf_header import check_header
+from lorasmith.io.models import ResolvedModel, first_line, load_config, quiet, remote_code
 
-__all__ = ["ARCHITECTURES", "GgufModel", "GgufTensor"]
+__all__ = ["ARCHITECTURES", "GgufModel", "GgufTensor", "skeleton", "tensor_names"]
 
 #: ``general.architecture`` → whether the rows of q and k are in llama.cpp's order.
 ARCHITECTURES: Mapping[str, bool] = {
@@ -64,6 +68,8 @@ ARCHITECTURES: Mapping[str, bool] = {
 }
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: Architectures whose files hold 1 + w of a norm's weight w.
+_ONE_MORE = frozenset({"gemma2", "gemma3", "nemotron"})
 #: Values that are unpacked at a time.
 _BLOCK = 2**18
 
@@ -182,6 +188,7 @@ class GgufModel:
         config: The Transformers configuration that the file's metadata come to.
         skeleton: The model on the meta device.
         tensors: Name in Transformers (``….q_proj.weight``) → the matrix, of those in the file.
+        vectors: The same of what has one dimension; a vector [n] is a matrix of one row there.
 
     Raises:
         ModelError: It cannot be read, is split, or is of an architecture whose layout is not
@@ -192,7 +199,7 @@ class GgufModel:
     def __init__(self, resolved: ResolvedModel) -> None:
         assert resolved.gguf_file is not None
         self.path = Path(resolved.path) / resolved.gguf_file
-        self.architecture, found, heads, size = _table(self.path)
+        self.architecture, found, lines, heads, size = _table(self.path)
         if self.architecture not in ARCHITECTURES:
             raise ModelError(
                 "The layout of that architecture in GGUF files is not known here.",
@@ -216,13 +223,19 @@ class GgufModel:
         if self.architecture == "gpt2":
             self.config.n_positions = found["position_embd.weight"][0][0]
             self.config.n_inner = found["blk.0.ffn_up.weight"][0][0]
-        self.skeleton = _skeleton(self.config)
+        self.skeleton = skeleton(self.config)
         permuted = dict(zip(("attn_q", "attn_k"), heads, strict=True))
         if not ARCHITECTURES[self.architecture]:
             permuted = {}
         self.tensors: dict[str, GgufTensor] = {}
-        names = _names(self.architecture, self.skeleton)
+        self.vectors: dict[str, GgufTensor] = {}
+        names = tensor_names(self.architecture, self.skeleton)
         for name, there in names.items():
+            if there in lines:
+                shape, kind, offset, row = lines[there]
+                self.vectors[name] = GgufTensor(
+                    there, self.path, shape, kind, offset, row, 0, _stamp(self.path)
+                )
             if there not in found:
                 continue
             shape, kind, offset, row = found[there]
@@ -239,6 +252,14 @@ class GgufModel:
                 there, self.path, shape, kind, offset, row, parts, _stamp(self.path)
             )
 
+    def vector(self, name: str) -> Tensor:
+        """One of :attr:`vectors`, as Transformers has it: [n]."""
+        held = self.vectors[name]
+        value = torch.empty(held.shape, dtype=held.dtype)
+        held.read(0, value)
+        more = self.architecture in _ONE_MORE and name.endswith("norm.weight")
+        return value[0] - 1 if more else value[0]
+
 
 def _stamp(path: Path) -> tuple[int, int]:
     found = path.stat()
@@ -249,8 +270,10 @@ def _stamp(path: Path) -> tuple[int, int]:
 _Entry = tuple[tuple[int, int], str, int, int]
 
 
-def _table(path: Path) -> tuple[str, dict[str, _Entry], tuple[int, int], int | None]:
-    """The architecture, the matrices, the numbers of heads of q and of k, and the head size."""
+def _table(
+    path: Path,
+) -> tuple[str, dict[str, _Entry], dict[str, _Entry], tuple[int, int], int | None]:
+    """Architecture, matrices, vectors, the numbers of heads of q and of k, and the head size."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -258,6 +281,7 @@ def _table(path: Path) -> tuple[str, dict[str, _Entry], tuple[int, int], int | N
             "Reading GGUF files needs the package gguf, which is not installed.",
             fix='pip install "lorasmith[gguf]"',
         ) from error
+    check_header(path)
     try:
         reader = GGUFReader(path)
         if reader.byte_order != "I":
@@ -268,12 +292,21 @@ def _table(path: Path) -> tuple[str, dict[str, _Entry], tuple[int, int], int | N
         groups = _field(reader, f"{architecture}.attention.head_count_kv", heads)
         size = _field(reader, f"{architecture}.attention.key_length", None)
         found: dict[str, _Entry] = {}
+        lines: dict[str, _Entry] = {}
         for one in reader.tensors:
             # ggml gives the fastest dimension first.
             shape = tuple(int(n) for n in reversed(one.shape))
             if len(shape) == 2:
                 row = int(one.n_bytes) // max(1, shape[0])
                 found[one.name] = (shape, one.tensor_type.name, int(one.data_offset), row)
+            elif len(shape) == 1:
+                size_of = int(one.n_bytes)
+                lines[one.name] = (
+                    (1, shape[0]),
+                    one.tensor_type.name,
+                    int(one.data_offset),
+                    size_of,
+                )
     except (ValueError, KeyError, IndexError, TypeError, OSError, UnicodeDecodeError) as error:
         raise ModelError(
             "The GGUF file cannot be read.",
@@ -296,7 +329,7 @@ def _table(path: Path) -> tuple[str, dict[str, _Entry], tuple[int, int], int | N
             fix="pass the checkpoint that it was converted from",
             file=path,
         )
-    return str(architecture), found, (heads, groups), size
+    return str(architecture), found, lines, (heads, groups), size
 
 
 def _field(reader: Any, key: str, default: Any) -> Any:
@@ -304,18 +337,18 @@ def _field(reader: Any, key: str, default: Any) -> Any:
     return default if found is None else found.contents()
 
 
-def _skeleton(config: Any) -> nn.Module:
+def skeleton(config: Any) -> nn.Module:
     import transformers
 
     with quiet(), torch.device("meta"):
         make: Any = transformers.AutoModelForCausalLM.from_config
-        model: nn.Module = make(config)
+        model: nn.Module = make(config, **remote_code(False))
         tie: Any = model.tie_weights
         tie()
     return model
 
 
-def _names(architecture: str, model: nn.Module) -> dict[str, str]:
+def tensor_names(architecture: str, model: nn.Module) -> dict[str, str]:
     """Parameter name → name in a GGUF file, of those that llama.cpp has a name for."""
     import gguf
 

@@ -4,7 +4,8 @@ URLs are read through fsspec (``s3://``, ``gs://``, ``https://``, ``memory://``,
 for the protocol must be installed). safetensors maps files, and those of a URL cannot be, so the
 adapter's two or three files are copied into a temporary directory of this process first. A
 copy serves again while the file system says the same of the files (size, time, ETag).
-``hf://owner/name[@revision][/folder]`` goes through the hub's own cache.
+``hf://owner/name[@revision][/folder]`` goes through the hub's own cache. :func:`fetch` does the
+same for directories of other files.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from lorasmith.io import peft
 from lorasmith.io.atomic import interrupted, locked, recover
 from lorasmith.io.weights import OWN, OWNED, as_path
 
-__all__ = ["adapters_below", "is_url", "locate"]
+__all__ = ["adapters_below", "fetch", "is_url", "locate"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?:://|::)")
@@ -97,8 +99,44 @@ def _locate(path: str | os.PathLike[str], folder: Path) -> Path:
         got=", ".join(e.name for e in below)
         or ", ".join(sorted(e.name for e in folder.iterdir())[:8])
         or "an empty directory",
-        fix=f"choose one, e.g. {os.fspath(below[0])!r}" if below else "check the path",
+        fix=f"choose one, e.g. {os.fspath(below[0])!r}"
+        if below
+        else "it is a compressed fleet: take an adapter out of it first (lorasmith fleet export)"
+        if (folder / "subspace.json").is_file()
+        else "check the path",
     )
+
+
+def fetch(path: str | os.PathLike[str], names: Sequence[str]) -> Path | None:
+    """The directory of this machine that holds certain files, copied from elsewhere if need be.
+
+    Args:
+        path: A directory; a URL; or, if there is nothing under that path, a hub id.
+        names: Names of the files. Without the first one it is not such a directory.
+
+    Returns:
+        The directory, or ``None`` where it does not hold the first file.
+
+    Raises:
+        AdapterFileError: If the URL, or the hub, cannot be read.
+        MissingDependencyError: If a package for it is missing.
+    """
+    if isinstance(path, str) and is_url(path):
+        if (named := _HF.fullmatch(path)) is not None:
+            folder = _download(named["id"], named["revision"], named["folder"], names)
+            folder = folder / named["folder"] if named["folder"] else folder
+        elif path.startswith(("file://", "local://")):
+            folder = Path(_local(path))
+        else:
+            files, root = _file_system(path)
+            return (
+                _fetch(files, root, path, names) if _is_file(files, f"{root}/{names[0]}") else None
+            )
+    else:
+        folder = as_path(path).expanduser()
+        if not folder.exists() and isinstance(path, str) and _HUB_ID.fullmatch(path):
+            folder = _download(path, names=names)
+    return folder if (folder / names[0]).is_file() else None
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -149,7 +187,7 @@ def _locate_url(url: str) -> Path:
     named = _HF.fullmatch(url)
     if named is not None:
         folder = named["folder"]
-        snapshot = _download(named["id"], revision=named["revision"], folder=folder)
+        snapshot = _download(named["id"], named["revision"], folder)
         return _locate(url, snapshot / folder if folder else snapshot)
     if url.startswith(("file://", "local://")):
         return locate(_local(url))
@@ -211,10 +249,10 @@ def _below(files: Any, root: str, url: str) -> list[str]:
     return [f for f in folders if _is_file(files, f"{f}/{peft.CONFIG}")]
 
 
-def _fetch(files: Any, root: str, url: str) -> Path:
-    """A local copy of an adapter's files, with the names they have."""
+def _fetch(files: Any, root: str, url: str, names: Sequence[str] = _FILES) -> Path:
+    """A local copy of files of these names, as many as there are."""
     try:
-        present = {n: files.info(f"{root}/{n}") for n in _FILES if _is_file(files, f"{root}/{n}")}
+        present = {n: files.info(f"{root}/{n}") for n in names if _is_file(files, f"{root}/{n}")}
         identity = repr((files.to_json(), root, sorted((n, str(i)) for n, i in present.items())))
         digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
         folder = _Copies.root() / digest / (root.rsplit("/", 1)[-1] or "adapter")
@@ -256,7 +294,12 @@ class _Copies:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _download(repository: str, *, revision: str | None = None, folder: str | None = None) -> Path:
+def _download(
+    repository: str,
+    revision: str | None = None,
+    folder: str | None = None,
+    names: Sequence[str] = _FILES,
+) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError
@@ -272,7 +315,7 @@ def _download(repository: str, *, revision: str | None = None, folder: str | Non
         found = snapshot_download(
             repository,
             **options,
-            allow_patterns=[f"{inside}{star}{name}" for star in ("", "*/") for name in _FILES],
+            allow_patterns=[f"{inside}{star}{name}" for star in ("", "*/") for name in names],
         )
     # Not found, no access, no network, offline and not cached, an impossible id.
     except (OSError, ValueError, HfHubHTTPError) as error:

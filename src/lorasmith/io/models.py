@@ -27,7 +27,7 @@ import socket
 import tempfile
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -40,12 +40,14 @@ __all__ = [
     "Alias",
     "ResolvedModel",
     "cache_dir",
+    "check_sizes",
     "dequantised",
     "explained",
     "first_line",
     "hub_reachable",
     "load_config",
     "quiet",
+    "remote_code",
     "resolve_model",
     "snapshot",
     "transformers_module",
@@ -289,11 +291,15 @@ def _download(repo: str, revision: str | None) -> Path | None:
         return None
 
 
-def snapshot(resolved: ResolvedModel) -> Path:
+def snapshot(resolved: ResolvedModel, *, also: Sequence[str] = ()) -> Path:
     """The local directory of a checkpoint, fetched from the hub if need be.
 
     Of a repository only the JSON files and the safetensors come: configuration and weights,
     or an adapter's files.
+
+    Args:
+        resolved: The checkpoint.
+        also: Patterns of further files to fetch.
 
     Raises:
         ModelError: The hub does not give it.
@@ -310,7 +316,7 @@ def snapshot(resolved: ResolvedModel) -> Path:
                 resolved.path,
                 revision=resolved.revision,
                 local_files_only=resolved.offline,
-                allow_patterns=["*.json", "*.safetensors"],
+                allow_patterns=["*.json", "*.safetensors", *also],
             )
         )
     except (OSError, ValueError, HfHubHTTPError) as error:
@@ -417,9 +423,10 @@ def _convert(source: Path, target: Path, alias: Alias) -> None:
                         gguf_file=source.name,
                         dtype=torch.bfloat16,
                         **dequantised(transformers),
+                        **remote_code(False),
                     ),
                     transformers.AutoTokenizer.from_pretrained(
-                        str(source.parent), gguf_file=source.name
+                        str(source.parent), gguf_file=source.name, **remote_code(False)
                     ),
                 ),
                 alias.hub,
@@ -499,9 +506,10 @@ def explained(load: Callable[[], _T], name: str) -> _T:
             got=first_line(error),
             fix='pip install "lorasmith[train]" and what the message names',
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+    except Exception as error:  # any, as the files are a stranger's
         raise ModelError(
             f"The model {name} cannot be loaded.",
+            file=name,
             expected="a causal language model in a form that Transformers reads",
             got=first_line(error),
         ) from error
@@ -513,6 +521,19 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+def remote_code(allowed: bool) -> dict[str, Any]:
+    """The argument that lets Transformers run code that comes with a model, or forbids it.
+
+    Every call of Transformers that could takes it from here: left out, Transformers asks on the
+    terminal and waits.
+
+    Args:
+        allowed: Whether the user has said so in this very call. Only ``True`` itself counts,
+            not a text or a number that a file may hold.
+    """
+    return {"trust_remote_code": allowed is True}
+
+
 def load_config(resolved: ResolvedModel, *, trust_remote_code: bool = False) -> Any:
     """The model's Transformers configuration; no weights are read.
 
@@ -520,11 +541,14 @@ def load_config(resolved: ResolvedModel, *, trust_remote_code: bool = False) -> 
         ModelError: It cannot be read.
     """
     transformers = transformers_module()
-    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    arguments: dict[str, Any] = remote_code(trust_remote_code)
     if resolved.gguf_file is not None:
+        from lorasmith.io.gguf_header import check_header
+
         arguments["gguf_file"] = resolved.gguf_file
+        check_header(Path(resolved.path) / resolved.gguf_file)
     with quiet():
-        return explained(
+        config = explained(
             lambda: transformers.AutoConfig.from_pretrained(
                 resolved.path,
                 revision=resolved.revision,
@@ -533,3 +557,34 @@ def load_config(resolved: ResolvedModel, *, trust_remote_code: bool = False) -> 
             ),
             resolved.name,
         )
+    check_sizes(config, resolved.name)
+    return config
+
+
+#: Layers of a model: ten times those of the deepest there are. Each is a few dozen objects.
+_MOST_LAYERS = 2048
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers")
+
+
+def check_sizes(config: Any, name: str) -> None:
+    """Refuses a configuration whose skeleton alone would take hours to make.
+
+    Args:
+        config: A Transformers configuration.
+        name: Of the model, for messages.
+
+    Raises:
+        ModelError: It names an impossible number of layers.
+    """
+    inner = getattr(config, "get_text_config", lambda: config)()
+    for part in (config, inner):
+        for key in _LAYERS:
+            count = getattr(part, key, None)
+            if isinstance(count, int) and not 0 <= count <= _MOST_LAYERS:
+                raise ModelError(
+                    f"The configuration of {name} is not plausible.",
+                    file=name,
+                    key=key,
+                    expected=f"0 to {_MOST_LAYERS:,}",
+                    got=f"{count:,}",
+                )

@@ -6,15 +6,17 @@ imported.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import regex
 from torch import nn
 
-from lorasmith.core.patterns import matches_regex
+from lorasmith.core.patterns import match_beginning, matches_regex
 from lorasmith.core.state import SAVED, SLOT
 from lorasmith.core.targets import ROLES
+from lorasmith.errors import AdapterFileError
 
 __all__ = [
     "COMMON_FIELDS",
@@ -22,6 +24,7 @@ __all__ = [
     "PREFIX",
     "WEIGHTS",
     "base_name",
+    "check_fields",
     "implied_modules",
     "module_names",
     "plain_targets",
@@ -48,6 +51,47 @@ _HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+
+
+#: Entries of ``modules_to_save``, each of which is looked for in every name of the model.
+_MOST_SAVED = 1000
+_NAMES_FIELDS = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern")
+
+
+def check_fields(fields: Mapping[str, Any], file: str | os.PathLike[str]) -> None:
+    """Checks the fields that name modules, whatever the adapter's type.
+
+    Args:
+        fields: ``adapter_config.json``.
+        file: Its path, for messages.
+
+    Raises:
+        AdapterFileError: If one has an impossible type, or too many entries.
+    """
+
+    def refuse(key: str, expected: str) -> AdapterFileError:
+        return AdapterFileError(
+            "A field of the configuration has an impossible type or value.",
+            file=file,
+            key=key,
+            expected=expected,
+            got=repr(fields[key])[:200],
+        )
+
+    def strings(value: object) -> bool:
+        return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+    for key in _NAMES_FIELDS:
+        value = fields.get(key)
+        if value is not None and not isinstance(value, str) and not strings(value):
+            raise refuse(key, "a list of names, or a regular expression")
+    saved = fields.get("modules_to_save")
+    if saved is not None and (not strings(saved) or len(saved) > _MOST_SAVED):
+        raise refuse("modules_to_save", f"a list of at most {_MOST_SAVED:,} names")
+    layers = fields.get("layers_to_transform")
+    whole = layers if isinstance(layers, list) else [layers]
+    if layers is not None and not all(type(n) is int for n in whole):
+        raise refuse("layers_to_transform", "a number, or a list of numbers")
 
 
 def module_names(model: nn.Module) -> list[str]:
@@ -91,8 +135,10 @@ def implied_modules(task: object) -> tuple[str, ...]:
     return _HEADS.get(task, ()) if isinstance(task, str) else ()
 
 
-def _list_matches(wanted: Iterable[str], name: str) -> bool:
-    return any(name == w or name.endswith(f".{w}") for w in wanted)
+def _list_matches(wanted: Collection[str], name: str) -> bool:
+    """Whether a name, or an end of it after a dot, is in a list."""
+    parts = name.split(".")
+    return any(".".join(parts[start:]) in wanted for start in range(len(parts)))
 
 
 def _matches(wanted: str | Collection[str], name: str, key: str) -> bool:
@@ -145,6 +191,7 @@ def targeted(
     wanted = fields.get("target_modules")
     if not wanted or not isinstance(wanted, str | list):
         return None
+    wanted = wanted if isinstance(wanted, str) else frozenset(wanted)
     if wanted == "all-linear":
         chosen = {n for n in names if not is_head(n)}
     else:
@@ -165,9 +212,10 @@ def _in_layers(fields: Mapping[str, Any], name: str) -> bool:
     wanted = {layers} if isinstance(layers, int) else set(layers)
     patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]
     for pattern in patterns:
-        found = regex.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name, timeout=0.5)
+        whole = rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
+        found = match_beginning(whole, name, key="layers_pattern")
         if found is not None:
-            return int(found.group(1)) in wanted
+            return int(found["idx"][:9]) in wanted
     return False
 
 

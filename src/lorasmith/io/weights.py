@@ -7,6 +7,7 @@ one writer: ``save(model, path)`` is ``AdapterWeights.from_model(model).save(pat
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
@@ -37,6 +38,7 @@ from lorasmith.io import peft
 from lorasmith.io.atomic import replace_files
 from lorasmith.io.fingerprint import Fingerprint, fingerprint
 from lorasmith.io.tensors import FileTensors, MemoryTensors, TensorSource, sha256_of
+from lorasmith.redaction import redact_all
 
 __all__ = [
     "OWN",
@@ -57,6 +59,9 @@ OWNED = frozenset({peft.CONFIG, peft.WEIGHTS, peft.PICKLE, OWN})
 #: Largest factor on B A that can be meant. PEFT's default is 1, usual values are below
 #: 10, rank-stabilised ones below 50.
 MAX_SCALING = 1000.0
+
+#: What a URL, or the Path that was made of one, begins with.
+_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 _V = TypeVar("_V")
 
@@ -567,8 +572,9 @@ class AdapterWeights:
                 not finite, or writing fails; the path is as it was then.
         """
         target = as_path(path)
+        self._refuse_negative()
         try:
-            _check_target(target, beside)
+            check_target(target, beside)
             for key in self.tensors:
                 check_finite(self.tensors[key], key, None)
             replace_files(target, OWNED, self._write)
@@ -641,6 +647,8 @@ class AdapterWeights:
                     "A tensor is missing.",
                     file=weights,
                     key=f"{peft.PREFIX}{module}.{spec.key}",
+                    expected=", ".join(one.key for one in wanted.values()),
+                    got=", ".join(keys),
                     fix="the file is incomplete; save or download the adapter again",
                 )
         shapes = {suffix: self.tensors.shape(key) for suffix, key in keys.items()}
@@ -768,6 +776,27 @@ class AdapterWeights:
                     f"r {self.config.rank_of(module)})",
                     fix="correct lora_alpha",
                 )
+        if self.path is not None:
+            self._refuse_negative()
+
+    def _refuse_negative(self) -> None:
+        """No training leaves a negative alpha; in a file it turns the adapter round."""
+        if not isinstance(self.config, LowRankConfig):
+            return
+        for module in self._infos:
+            alpha = self.config.alpha_of(module)
+            if alpha < 0:
+                raise self._error_in(
+                    peft.CONFIG,
+                    "The scaling of the adapter is negative.",
+                    key="lora_alpha",
+                    expected="alpha of 0 or more",
+                    got=f"{alpha:g} for {module}",
+                    fix="correct lora_alpha; to take an adapter away, merge it with weight -1",
+                )
+
+    def _error_in(self, name: str, what: str, **details: Any) -> AdapterFileError:
+        return AdapterFileError(what, file=self.path and self.path / name, **details)
 
     def _outline(self, module: str) -> NewTensors:
         """The variant's tensors on one layer without their values."""
@@ -851,10 +880,15 @@ def translate(
         reason = f"{error.what} ({error.key} = {error.got})"
         return config, reason if more is None else f"{reason}\n{more}"
     except LorasmithError as error:
-        raise in_file(error, file) from error
-    except (TypeError, ValueError, AttributeError) as error:
+        # What the tensors lack is the other file's fault.
+        of_weights = isinstance(error, AdapterFileError)
+        raise in_file(error, file.with_name(peft.WEIGHTS) if of_weights else file) from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
         raise AdapterFileError(
-            f"A value in the configuration has an impossible type: {error}.", file=file
+            f"A value in the configuration has an impossible type: {error}.",
+            file=file,
+            expected="what PEFT writes",
+            got=f"{type(error).__name__}: {error}"[:200],
         ) from error
     if config is not None:
         _warn_of_unknown(fields, file)
@@ -1123,7 +1157,16 @@ def as_path(path: str | os.PathLike[str]) -> Path:
             expected="a string or path that the file system can have, without null characters",
             got=repr(path),
         )
-    return Path(path)
+    found = Path(path)
+    # A Path of a URL has one slash: s3:/bucket. A drive of Windows is one letter.
+    if _REMOTE.match(os.fspath(path)) and not (found.parts and Path(found.parts[0]).exists()):
+        raise AdapterFileError(
+            "That is a URL, and a path of this machine is needed here.",
+            file=os.fspath(path),
+            expected="a directory; only reading goes through URLs",
+            fix="to write, choose a directory and copy it there afterwards",
+        )
+    return found
 
 
 def _snapshot(value: Tensor) -> Tensor:
@@ -1152,7 +1195,9 @@ def _unshared(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return values
 
 
-def _check_target(target: Path, beside: bool) -> None:
+def check_target(path: str | os.PathLike[str], beside: bool = False) -> None:
+    """Raises an ``AdapterFileError`` if no adapter can be written there."""
+    target = as_path(path)
     if target.is_file() or (target.is_symlink() and not target.exists()):
         raise AdapterFileError(
             "An adapter is a directory, and there is a file under that path.",
@@ -1177,7 +1222,12 @@ def check_finite(value: Tensor, key: str, file: str | os.PathLike[str] | None) -
         raise AdapterFileError(
             "A tensor has no values (it is on the meta device).", key=key, file=file
         )
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+    if not value.is_floating_point():
+        return
+    # A finite sum has finite terms, and costs a tenth of looking at each (float8 has no sums).
+    if value.dtype.itemsize > 1 and math.isfinite(value.sum()):
+        return
+    if not bool(torch.isfinite(value).all()):
         bad = int((~torch.isfinite(value)).sum())
         raise AdapterFileError(
             "A tensor holds values that are not finite.",
@@ -1203,7 +1253,7 @@ def in_file(error: LorasmithError, file: str | os.PathLike[str]) -> AdapterFileE
 
 def _json(value: Mapping[str, Any]) -> str:
     try:
-        return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        return json.dumps(redact_all(value), indent=2, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ConfigError(f"The configuration cannot be written as JSON: {error}.") from error
 
@@ -1233,8 +1283,14 @@ def record_config(record: Mapping[str, Any], file: Path) -> AdapterConfig | None
         return config_from_dict(values)
     except LorasmithError as error:
         raise in_file(error, file) from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise AdapterFileError(f"The configuration is malformed: {error}.", file=file) from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
+        raise AdapterFileError(
+            f"The configuration is malformed: {error}.",
+            file=file,
+            key="config",
+            expected="an object, as lorasmith writes it",
+            got=repr(values)[:200],
+        ) from error
 
 
 #: Reasons for tensors that lorasmith does not load, by the end of their names.

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.errors import TrainingError
+from lorasmith.redaction import redact_all
 
 __all__ = [
     "MANIFEST",
@@ -122,7 +123,7 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, ensure_ascii=False, allow_nan=False)
+            json.dump(redact_all(value), file, indent=1, ensure_ascii=False, allow_nan=False)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())

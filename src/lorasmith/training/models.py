@@ -23,6 +23,7 @@ from lorasmith.io.models import (
     hub_reachable,
     load_config,
     quiet,
+    remote_code,
     resolve_model,
     transformers_module,
 )
@@ -74,7 +75,7 @@ def load_tokenizer(resolved: ResolvedModel, *, trust_remote_code: bool = False) 
         ModelError: It cannot be read, or has neither a padding nor an end-of-text token.
     """
     transformers = transformers_module()
-    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    arguments: dict[str, Any] = remote_code(trust_remote_code)
     if resolved.gguf_file is not None:
         arguments["gguf_file"] = resolved.gguf_file
     with quiet():
@@ -143,7 +144,7 @@ def load_model(
     where = resolve_device(device)
     config = load_config(resolved, trust_remote_code=trust_remote_code)
     kind = resolve_dtype(dtype, _checkpoint_dtype(config), where)
-    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    arguments: dict[str, Any] = remote_code(trust_remote_code)
     stored = getattr(config, "quantization_config", None)
     if quantize is not None and stored is not None:
         raise ConfigError(
@@ -255,7 +256,7 @@ def _quantization(transformers: Any, quantize: str, dtype: torch.dtype, config: 
             bnb_4bit_compute_dtype=dtype,
         )
     with torch.device("meta"):
-        empty = transformers.AutoModelForCausalLM.from_config(config)
+        empty = transformers.AutoModelForCausalLM.from_config(config, **remote_code(False))
     left = sorted({n for n, m in empty.named_modules() if _left_out(m, empty, quantize)})
     return transformers.TorchAoConfig(_torchao(quantize), modules_to_not_convert=left)
 

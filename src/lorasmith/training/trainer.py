@@ -58,6 +58,7 @@ from lorasmith.errors import (
     NonFiniteLossError,
     TrainingError,
 )
+from lorasmith.redaction import redact_all
 from lorasmith.training import checkpoints
 from lorasmith.training.anchor import load_anchors
 from lorasmith.training.calibration import calibration_batches
@@ -554,7 +555,8 @@ class _Before:
         self.evaluations_since_best = int(state["evaluations_since_best"])
         self._rows = str(state["rows"])
         self._checkpoint = checkpoint
-        self._compare(state["config"], config.to_dict())
+        # Written without secrets.
+        self._compare(state["config"], redact_all(config.to_dict()))
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         if old["adapter"] != new["adapter"]:

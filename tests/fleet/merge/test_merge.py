@@ -320,6 +320,18 @@ def test_what_is_asked_for_is_checked(tmp_path: Path) -> None:
     assert ls.merge is M.merge
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_values_that_are_finite_are_known_as_such(dtype: torch.dtype) -> None:
+    """Sums that overflow, infinities that cancel, and NaN."""
+    from lorasmith.errors import AdapterFileError
+    from lorasmith.io.weights import check_finite
+
+    check_finite(torch.full((9, 9), torch.finfo(dtype).max, dtype=dtype), "a", None)
+    for wrong in ([math.inf, -math.inf], [math.nan, 0.0], [-math.inf, 1.0]):
+        with pytest.raises(AdapterFileError, match="not finite"):
+            check_finite(torch.tensor(wrong, dtype=dtype), "a", None)
+
+
 def test_an_adapter_that_does_nothing(tmp_path: Path) -> None:
     base = llama()
     ls.attach(base, ls.LoRAConfig(r=2))
@@ -346,6 +358,117 @@ def test_products_are_decomposed_like_dense_matrices() -> None:
     error = float((left @ right + 3 * made["B"].double() @ made["A"].double()).norm())
     assert error == pytest.approx(float(wanted[2:].norm()), rel=1e-5)
     assert whole.distance(made["A"], made["B"], -3.0) == pytest.approx(error, rel=1e-9)
+
+
+def _factors(spread: float, count: int = 24, seed: int = 0) -> truncation.Product:
+    """A product whose factors' columns fall in size by ``spread`` from the first to the last."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = torch.logspace(0, math.log10(spread), count, dtype=torch.float64)
+    left = torch.randn(90, count, generator=g, dtype=torch.float64) * sizes
+    return truncation.Product(left, torch.randn(count, 70, generator=g, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-5])
+def test_leading_vectors_of_a_product(spread: float) -> None:
+    """By Gram matrices or, where squares lose too much, by QR: the dense ones either way."""
+    product, k = _factors(spread), 6
+    matrix = product.left @ product.right
+    U, S, Vh = torch.linalg.svd(matrix)
+    found = product.leading(k)
+    torch.testing.assert_close(found.S[:k], S[:k], atol=0, rtol=1e-9)
+    made = found.U[:, :k] * found.S[:k] @ found.V[:, :k].T
+    wanted = U[:, :k] * S[:k] @ Vh[:k]
+    assert float((made - wanted).norm()) <= 1e-8 * float(wanted.norm())
+    assert found.energy == pytest.approx(float(S.square().sum()), rel=1e-12)
+    if spread > 1e-4:  # below, the squares of the small ones cannot be told from nothing
+        assert found.rank == product.left.shape[1]
+    everything = product.leading(100)
+    torch.testing.assert_close(everything.S, S[: len(everything.S)], atol=1e-12, rtol=1e-9)
+
+
+def test_leading_vectors_where_squares_would_lose_them() -> None:
+    """Changes that cancel, factors that are singular, ranks beyond what there is."""
+    product = _factors(1.0)
+    part = truncation.Product(product.left[:, :4], product.right[:4])
+    tiny = torch.randn(70, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    copies = truncation.Product(
+        torch.cat((part.left, part.left), 1), torch.cat((part.right, -part.right))
+    )
+    copies.right[0] += 1e-7 * tiny  # all that is left: rank 1
+    for whole, k in (
+        (copies, 2),
+        (truncation.Product(torch.cat((part.left,) * 3, 1), torch.cat((part.right,) * 3)), 6),
+    ):
+        matrix = whole.left @ whole.right
+        S = torch.linalg.svdvals(matrix)
+        made = whole.leading(k)
+        product_of = made.U[:, :k] * made.S[:k] @ made.V[:, :k].T
+        lost = float(S[k:].norm())
+        rounding = 1e-14 * float(whole.left.norm() * whole.right.norm())
+        assert float((matrix - product_of).norm()) <= lost + rounding
+
+
+def _dense_case(name: str) -> Tensor:
+    g = torch.Generator().manual_seed(3)
+    n, r = 300, 12
+    deltas = [
+        torch.randn(n, r, generator=g) * torch.logspace(0, -2, r) @ torch.randn(r, n, generator=g)
+        for _ in range(3)
+    ]
+    if name == "ties":
+        return M.ties(deltas, [1 / 3] * 3, density=0.2)
+    if name == "dare":
+        return M.dare(deltas, [1 / 3] * 3, density=0.1, generator=g)
+    if name == "sce":
+        return M.sce(deltas, [1 / 3] * 3, density=0.1)
+    if name == "noise":
+        return torch.randn(n, 2 * n, generator=g)
+    if name == "low rank":
+        return torch.randn(2 * n, 5, generator=g).double() @ torch.randn(5, n, generator=g).double()
+    turns = [torch.linalg.qr(torch.randn(n, n, generator=g))[0] for _ in range(2)]
+    power = 1.0 if name == "falling slowly" else 4.0
+    return turns[0] * torch.arange(1, n + 1) ** -power @ turns[1]
+
+
+@pytest.mark.parametrize(
+    "name", ["ties", "dare", "sce", "noise", "low rank", "falling slowly", "falling fast"]
+)
+def test_leading_vectors_of_a_dense_change(name: str) -> None:
+    """What is lost is within 1e-3 of the least possible, by torch's SVD."""
+    matrix, k = _dense_case(name).double(), 12
+    S = torch.linalg.svdvals(matrix)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    found = truncation.decompose(matrix, k, exact=64)
+    assert torch.equal(torch.get_rng_state(), state)
+    made = found.U[:, :k] * found.S[:k] @ found.V[:, :k].T
+    lost, least = float((matrix - made).norm()), float(S[k:].norm())
+    assert lost <= 1.001 * least + 1e-12 * float(S[0])
+    assert found.energy == pytest.approx(float(S.square().sum()), rel=1e-12)
+    eye = torch.eye(k, dtype=torch.float64)
+    used = found.useful
+    for side in (found.U, found.V):
+        torch.testing.assert_close(
+            (side.T @ side)[:used, :used][:k, :k], eye[:used, :used], atol=1e-9, rtol=0
+        )
+    assert found.rank == (5 if name == "low rank" else None)
+
+
+def test_dense_merges_of_wide_layers(tmp_path: Path) -> None:
+    """Layers wide enough for leading vectors alone: the report against torch's SVD."""
+    g = torch.Generator().manual_seed(0)
+    config = ls.LoRAConfig(r=4, alpha=4, targets=("0",))
+    pairs = [(torch.randn(4, 200, generator=g), torch.randn(260, 4, generator=g)) for _ in "123"]
+    given = [ls.AdapterWeights.from_tensors(config, {"0": {"A": a, "B": b}}) for a, b in pairs]
+    found = M.merge(given, "ties", density=0.3)
+    (layer,) = found.report.layers
+    merged = M.ties([b @ a for a, b in pairs], [1 / 3] * 3, density=0.3).double()
+    S = torch.linalg.svdvals(merged)
+    tail = float(S[4:].square().sum() / S.square().sum())
+    assert layer.norm == pytest.approx(float(S.norm()), rel=1e-6)
+    assert tail - 1e-9 <= layer.discarded <= 1.002 * tail
+    error = float((found.weights.delta("0", dtype=torch.float64) - merged).norm() / S.norm())
+    assert error**2 == pytest.approx(layer.discarded, rel=1e-5)
 
 
 # -- the zoo -----------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from torch import Tensor
 from lorasmith.errors import ConfigError, UnknownNameError
 from lorasmith.fleet import merge as M
 from lorasmith.fleet.members import LayerFactors
+from lorasmith.fleet.merge.dropping import keep_probabilities
+from lorasmith.fleet.merge.sparse import largest
 
 OUT, IN = 7, 9
 RANKS = (2, 1, 3)
@@ -191,10 +193,11 @@ def test_della(density: float, epsilon: float, elect: bool) -> None:
         chance = torch.rand(OUT, IN, generator=g, dtype=torch.float64).numpy()
         made = np.zeros((OUT, IN))
         for row in range(OUT):
-            for rank, column in enumerate(np.argsort(np.abs(delta[row].numpy()))):
-                keep = density - spread / 2 + spread * rank / (IN - 1)
-                if chance[row, column] < keep:
-                    made[row, column] = float(delta[row, column]) / keep
+            # As the paper has it: r = 0 is the largest, p = p_min + (ε/n) r is dropped.
+            for r, column in enumerate(np.argsort(-np.abs(delta[row].numpy()))):
+                drop = (1 - density) - spread / 2 + spread / IN * r
+                if chance[row, column] < 1 - drop:
+                    made[row, column] = float(delta[row, column]) / (1 - drop)
         thinned.append(made)
     wanted = (
         _disjoint(thinned, WEIGHTS)
@@ -203,6 +206,41 @@ def test_della(density: float, epsilon: float, elect: bool) -> None:
     )
     got = run("della", parts, WEIGHTS, seed=5, density=density, epsilon=epsilon, elect=elect)
     close(got, wanted)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@given(seed=st.integers(0, 100), rows=st.integers(1, 4), columns=st.integers(1, 12))
+def test_probabilities_of_della_fall_with_the_rank(
+    kind: torch.dtype, seed: int, rows: int, columns: int
+) -> None:
+    """Ties by column, zeros and tiny values included, whatever the dtype."""
+    random = np.random.default_rng(seed)
+    values = random.choice([0.0, -0.0, 1.0, -1.0, 1e-40, -3e-20, 7.5], size=(rows, columns))
+    found = keep_probabilities(torch.tensor(values, dtype=kind), 0.6, 0.3).numpy()
+    wanted = np.empty_like(values)
+    for i, row in enumerate(np.abs(values.astype(np.float64))):
+        for place, j in enumerate(np.argsort(row, kind="stable")):
+            wanted[i, j] = 0.6 - 0.15 + 0.3 * (place + 1) / columns
+    np.testing.assert_allclose(found, wanted, atol=1e-15)
+
+
+@given(seed=st.integers(0, 200), share=st.floats(0, 1), ties=st.booleans())
+def test_the_largest_entries_are_those_of_sorting(seed: int, share: float, ties: bool) -> None:
+    random = np.random.default_rng(seed)
+    values = random.integers(0, 4, (5, 6)).astype(np.float32) if ties else random.random((5, 6))
+    count = round(share * values.size)
+    found = largest(torch.tensor(values).T, count).T.numpy()  # not contiguous either
+    least = np.sort(values.ravel())[::-1][count - 1] if count else np.inf
+    assert (found == (values >= least)).all()
+
+
+@pytest.mark.parametrize("name", ["dare", "dare_ties", "della"])
+def test_a_density_of_zero_leaves_nothing_in_float32(name: str) -> None:
+    method = M.get_method(name)
+    deltas = [1e6 * d.float() for d in dense(factors())]
+    g = torch.Generator().manual_seed(0)
+    merged = method.function(deltas, WEIGHTS, density=0.0, generator=g)
+    assert torch.equal(merged, torch.zeros(OUT, IN))
 
 
 def test_dropping_keeps_the_expectation() -> None:

@@ -41,7 +41,7 @@ class BaseModelWeights:
         modules: Sequence[str],
         allow_base_mismatch: bool,
     ) -> None:
-        from lorasmith.diagnostics.sources import align, open_sides
+        from lorasmith.io.sources import align, open_sides
 
         before, _ = open_sides(model, members[0].weights, allow_base_mismatch=allow_base_mismatch)
         self._source = before.weights

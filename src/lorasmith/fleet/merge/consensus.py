@@ -35,7 +35,7 @@ from torch import Tensor
 
 from lorasmith.fleet.merge.checks import check_factor, check_not_negative, check_share
 from lorasmith.fleet.merge.registry import register
-from lorasmith.fleet.merge.sparse import largest, trimmed
+from lorasmith.fleet.merge.sparse import largest, masked, trimmed
 
 __all__ = ["disjoint_mean", "sce", "ties"]
 
@@ -53,12 +53,12 @@ def disjoint_mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     sign = mass.sign_()
     total, share = torch.zeros_like(sign), torch.zeros_like(sign)
     for delta, weight in zip(deltas, weights, strict=True):
-        moved = delta * weight
-        agrees = (moved.sign() == sign) & (moved != 0)
-        total += torch.where(agrees, moved, 0)
-        share.add_(agrees.to(share), alpha=abs(weight))
-    mean = torch.where(share > 0, total / share, 0)
-    return mean * math.fsum(abs(w) for w in weights)
+        agreeing = (delta * weight).mul_(sign).clamp_min_(0)  # |wᵢ ΔWᵢ| where its sign is γ
+        total += agreeing
+        share.add_(agreeing > 0, alpha=abs(weight))
+    # No share is as small as what stands in for a share of 0, over which the sum is 0.
+    mean = total.div_(share.clamp_min_(torch.finfo(share.dtype).tiny)).mul_(sign)
+    return mean.mul_(math.fsum(abs(w) for w in weights))
 
 
 @register(
@@ -106,9 +106,10 @@ def sce(deltas: Sequence[Tensor], weights: Sequence[float], *, density: float = 
     mean = sum(deltas[1:], deltas[0]) / count
     variance = torch.zeros_like(mean)
     for delta in deltas:
-        variance.addcmul_(delta - mean, delta - mean, value=1 / count)
+        apart = delta - mean
+        variance.addcmul_(apart, apart, value=1 / count)
     chosen = largest(variance, round(density * variance.numel()))
-    selected = [torch.where(chosen, d, 0) for d in deltas]
+    selected = [masked(d, chosen) for d in deltas]
     energy = [
         w * float(torch.linalg.vector_norm(d, dtype=torch.float64)) ** 2
         for w, d in zip(weights, selected, strict=True)
@@ -122,5 +123,6 @@ def sce(deltas: Sequence[Tensor], weights: Sequence[float], *, density: float = 
     sign = mass.sign_()
     made = torch.zeros_like(mean)
     for delta, part in zip(selected, energy, strict=True):
-        made.add_(torch.where(delta.sign() == sign, delta, 0), alpha=total * part / whole)
-    return made
+        # |δ̂ᵢ| where its sign is the elected one
+        made.add_((delta * sign).clamp_min_(0), alpha=total * part / whole)
+    return made.mul_(sign)

@@ -9,10 +9,15 @@ Merging through Magnitude-Based Sampling" (arXiv 2406.11617), section 3, for ``d
     dare_ties   disjoint mean (``consensus``) of mᵢ ∘ ΔWᵢ / d
     della       λ · disjoint mean of mᵢ ∘ ΔWᵢ / dᵢ,    mᵢ ~ Bernoulli(dᵢ) entry by entry
 
-Dividing keeps the expectation of every entry. In DELLA (MAGPRUNE) d depends on the rank of the
-entry's magnitude in its row: from d − ε/2 for the smallest to d + ε/2 for the largest in equal
-steps, so that large entries are kept more often. ε is made as small as it must be for every dᵢ to
-be a probability, so that ``density=1`` keeps all and ``density=0`` none.
+Dividing keeps the expectation of every entry. In DELLA (MAGPRUNE) the n entries of a row of ΔWᵢ
+are ranked, rⱼ = 0 for the largest magnitude to n − 1 for the smallest, and dropped with
+
+    pⱼ = p − ε/2 + (ε / n) rⱼ,    dⱼ = 1 − pⱼ,    p = 1 − density,
+
+so that large entries are kept more often; then the signs are elected, and the mean is taken over
+those that have them and multiplied by λ ("drop, elect, fuse"). Equal magnitudes are ranked by
+their column. Deviation: ε is made as small as it must be for every pⱼ to be a probability, so that
+``density=1`` keeps all and ``density=0`` none.
 
 ``density=0`` gives zero (the paper divides by zero there). Random numbers come from the generator
 alone: torch's global state is neither read nor changed. Adapters have masks of their own. Two runs
@@ -33,6 +38,8 @@ from lorasmith.fleet.merge.consensus import disjoint_mean
 from lorasmith.fleet.merge.registry import register
 from lorasmith.fleet.merge.sparse import weighted_sum
 
+_LEAST = torch.finfo(torch.float64).tiny
+
 __all__ = ["dare", "dare_ties", "della", "dropped", "keep_probabilities"]
 
 
@@ -48,8 +55,10 @@ def dropped(delta: Tensor, keep: Tensor | float, generator: torch.Generator) -> 
     # drawn is below 1, so that a probability of 1 keeps everything.
     chance = torch.rand(delta.shape, generator=generator, dtype=torch.float64).to(delta.device)
     chances = torch.as_tensor(keep, dtype=torch.float64, device=delta.device)
-    rescaled = delta / chances.clamp_min(torch.finfo(torch.float64).tiny)
-    return torch.where(chance < chances, rescaled, 0).to(delta.dtype)
+    kept = chance < chances
+    # 1 / probability or 0, in memory that is there: where nothing can be kept, 0 / least = 0.
+    factor = torch.div(kept, chances.clamp_min(_LEAST), out=chance)
+    return delta * factor.to(delta.dtype)
 
 
 @register("dare", form="dense", formula="Σ wᵢ mᵢ ∘ ΔWᵢ / density", source="arXiv 2311.03099")
@@ -100,18 +109,33 @@ def dare_ties(
 
 
 def keep_probabilities(delta: Tensor, density: float, epsilon: float) -> Tensor:
-    """dᵢ of DELLA: by the rank of an entry's magnitude in its row.
+    """1 − pⱼ of DELLA: by the rank of an entry's magnitude in its row.
 
     Args:
         delta: ΔW [d_out, d_in].
-        density: Mean of the probabilities of a row.
-        epsilon: Probability of the largest less that of the smallest, where that can be.
+        density: 1 − p; the probabilities of a row have the mean density + ε/2n.
+        epsilon: ε, their spread, where that can be.
     """
     epsilon = min(epsilon, 2 * density, 2 * (1 - density))
-    rank = delta.abs().argsort(dim=1, stable=True).argsort(dim=1, stable=True)
-    steps = max(1, delta.shape[1] - 1)
-    place = rank.double() / steps if delta.shape[1] > 1 else torch.full_like(delta, 0.5).double()
-    return (density - epsilon / 2 + epsilon * place).clamp(0, 1)
+    n = delta.shape[1]
+    order = _order(delta)  # the smallest first, which has r = n − 1
+    steps = torch.arange(1, n + 1, dtype=torch.float64, device=delta.device) / n
+    kept = torch.empty(delta.shape, dtype=torch.float64, device=delta.device)
+    kept.scatter_(1, order, (density - epsilon / 2 + epsilon * steps).expand(order.shape))
+    return kept.clamp_(0, 1)
+
+
+def _order(delta: Tensor) -> Tensor:
+    """Columns of each row, the smallest magnitude first, equal ones by their place: [rows, n]."""
+    if delta.device.type != "cpu" or delta.dtype != torch.float32:
+        return delta.abs().argsort(dim=1, stable=True)
+    # The bits of floats that are not negative rise with them. With the column behind them they
+    # are integers without ties, which sort, vectorised, in a fiftieth of the time of argsort.
+    keys = delta.abs().contiguous().view(torch.int32).long() << 32
+    keys |= torch.arange(delta.shape[1])
+    values = keys.numpy()
+    values.sort(axis=1)
+    return keys & 0xFFFFFFFF
 
 
 @register(
@@ -135,8 +159,8 @@ def della(
     Args:
         deltas: ΔWᵢ [d_out, d_in].
         weights: wᵢ.
-        density: Mean probability with which an entry is kept, 0 to 1.
-        epsilon: How far that of the largest entry of a row is above that of the smallest.
+        density: 1 − p, mean probability with which an entry is kept, 0 to 1.
+        epsilon: ε, how far that of the largest entry of a row is above that of the smallest.
         scale: λ.
         elect: Whether to elect signs; without it, the weighted sum.
         generator: Source of the masks.

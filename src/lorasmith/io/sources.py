@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -49,7 +49,6 @@ from lorasmith.core.fusing import fused_name
 from lorasmith.core.heads import HeadLayout, head_layout, layout_of
 from lorasmith.core.layers import LayerInfo, describe, read_weight
 from lorasmith.core.state import SAVED, SLOT, slots
-from lorasmith.diagnostics.records import Skipped, SkipReason
 from lorasmith.errors import (
     AdapterFileError,
     BaseMismatchError,
@@ -63,12 +62,13 @@ from lorasmith.io.files import check_base, read_adapter
 from lorasmith.io.fingerprint import Fingerprint, fingerprint
 from lorasmith.io.gguf import GgufModel, GgufTensor
 from lorasmith.io.hub import locate
-from lorasmith.io.models import ResolvedModel, resolve_model, snapshot
-from lorasmith.io.strict import parse_object
+from lorasmith.io.models import ResolvedModel, check_sizes, remote_code, resolve_model, snapshot
+from lorasmith.io.strict import read_object
 from lorasmith.io.tensors import FileTensors, MemoryTensors
 from lorasmith.io.weights import AdapterWeights, translate
 
 __all__ = [
+    "CheckpointFile",
     "CheckpointWeights",
     "GgufWeights",
     "Given",
@@ -76,6 +76,7 @@ __all__ = [
     "MemoryMatrix",
     "ModelWeights",
     "Side",
+    "Unreadable",
     "WeightSource",
     "align",
     "open_sides",
@@ -182,8 +183,13 @@ def _compute_dtype(layer: nn.Module) -> torch.dtype:
     return torch.float32
 
 
-class _File:
-    """One safetensors file: where its tensors are."""
+class CheckpointFile:
+    """One safetensors file of a checkpoint, read with plain reads.
+
+    Attributes:
+        path: The file.
+        tensors: Names, shapes and dtypes.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
@@ -200,18 +206,26 @@ class _File:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
-        self._start = {
-            k: 8 + length + v["data_offsets"][0] for k, v in header.items() if k[:2] != "__"
+        self._places = {
+            k: (8 + length + v["data_offsets"][0], 8 + length + v["data_offsets"][1], v["dtype"])
+            for k, v in header.items()
+            if k[:2] != "__"
         }
+
+    def place(self, key: str) -> tuple[int, int, str]:
+        """First byte of a tensor in the file, the byte after it, and the format's dtype name."""
+        return self._places[key]
 
     def read(self, key: str, first: int, target: Tensor) -> None:
         """Fills ``target`` with the tensor's values from row ``first`` on."""
         self._check()
         shape = self.tensors.shape(key)
         row = target.element_size() * int(np.prod(shape[1:], dtype=np.int64))
+        if not target.numel():
+            return
         buffer = memoryview(target.view(-1).view(torch.uint8).numpy().data)
         with self.path.open("rb", buffering=0) as stream:
-            stream.seek(self._start[key] + first * row)
+            stream.seek(self._places[key][0] + first * row)
             done = 0
             while done < len(buffer):
                 count = stream.readinto(buffer[done:])
@@ -231,7 +245,7 @@ class _File:
 class _FileMatrix(Matrix):
     """A weight in a safetensors file."""
 
-    def __init__(self, name: str, file: _File, key: str, transposed: bool) -> None:
+    def __init__(self, name: str, file: CheckpointFile, key: str, transposed: bool) -> None:
         shape = file.tensors.shape(key)
         d_out, d_in = shape[::-1] if transposed else shape
         super().__init__(name, d_out, d_in, file.tensors.dtype(key), transposed)
@@ -277,6 +291,22 @@ class _GgufMatrix(Matrix):
             yield block
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """A layer of a model whose weight cannot be read.
+
+    Attributes:
+        name: Name of the layer.
+        reason: ``"missing"``: it is not there; ``"shape"``: its shape is not the class's;
+            ``"dtype"``: it is stored in a form that is not read.
+        message: The same in words.
+    """
+
+    name: str
+    reason: Literal["missing", "shape", "dtype"]
+    message: str
+
+
 # A set of weights -------------------------------------------------------------------------------
 
 
@@ -298,7 +328,7 @@ class WeightSource(ABC):
     layouts: Mapping[str, HeadLayout]
     config: object | None
     quantised: tuple[str, ...] = ()
-    problems: dict[str, Skipped]
+    problems: dict[str, Unreadable]
     heads: frozenset[str]
 
     @abstractmethod
@@ -401,8 +431,10 @@ class StoredWeights(WeightSource):
     base_name: str | None
     skeleton: nn.Module | None
 
-    def _problem(self, name: str, reason: SkipReason, message: str) -> None:
-        self.problems[name] = Skipped(name, reason, message)
+    def _problem(
+        self, name: str, reason: Literal["missing", "shape", "dtype"], message: str
+    ) -> None:
+        self.problems[name] = Unreadable(name, reason, message)
 
     def _by_class(
         self, model: nn.Module, take: Callable[[str, list[str], LayerInfo], None]
@@ -474,17 +506,21 @@ def _places(count: int, shape: Sequence[int]) -> list[tuple[int, int]] | None:
 
 
 class GgufWeights(StoredWeights):
-    """The weights of a GGUF file."""
+    """The weights of a GGUF file.
+
+    Attributes:
+        model: Its table of tensors.
+    """
 
     def __init__(self, resolved: ResolvedModel, label: str) -> None:
         self.label, self.base_name = label, resolved.base_name
         self.problems, self.layers = {}, {}
-        self._model = GgufModel(resolved)
-        self.path = self._model.path
-        kinds = {t.kind for t in self._model.tensors.values() if t.quantised}
+        self.model = GgufModel(resolved)
+        self.path = self.model.path
+        kinds = {t.kind for t in self.model.tensors.values() if t.quantised}
         self.quantised = tuple(sorted(kinds))
-        self.skeleton = self._model.skeleton
-        self._by_class(self._model.skeleton, self._take)
+        self.skeleton = self.model.skeleton
+        self._by_class(self.model.skeleton, self._take)
         if not self.layers:
             raise ModelError(
                 "None of the model's linear layers is in the file.",
@@ -493,7 +529,7 @@ class GgufWeights(StoredWeights):
             )
 
     def _take(self, name: str, keys: list[str], info: LayerInfo) -> None:
-        tensor = next((t for k in keys if (t := self._model.tensors.get(k))), None)
+        tensor = next((t for k in keys if (t := self.model.tensors.get(k))), None)
         wanted = (info.d_out, info.d_in)
         if tensor is None:
             self._problem(name, "missing", "the file has no tensor of that layer")
@@ -505,7 +541,7 @@ class GgufWeights(StoredWeights):
 
     def _sample(self, name: str, count: int) -> np.ndarray[Any, np.dtype[np.float32]] | None:
         # Vectors are left out: some norms are stored as what they add to one.
-        tensor = self._model.tensors.get(name)
+        tensor = self.model.tensors.get(name)
         matrix = self.layers.get(name.removesuffix(".weight"))
         if tensor is None:
             return None
@@ -523,12 +559,16 @@ class GgufWeights(StoredWeights):
 
 
 class CheckpointWeights(StoredWeights):
-    """The weights of a checkpoint directory (one safetensors file, or shards and an index)."""
+    """The weights of a checkpoint directory (one safetensors file, or shards and an index).
+
+    Attributes:
+        places: Name in the files → the file that has it.
+    """
 
     def __init__(self, folder: Path, label: str, base_name: str | None = None) -> None:
         self.path, self.label, self.base_name = folder, label, base_name
         self.problems, self.layers = {}, {}
-        fields = parse_object((folder / "config.json").read_bytes(), folder / "config.json")
+        fields = read_object(folder / "config.json")
         if fields.get("quantization_config"):
             raise ModelError(
                 "The checkpoint is quantised: its tensors are packed and cannot be compared.",
@@ -537,8 +577,8 @@ class CheckpointWeights(StoredWeights):
                 fix="load it with Transformers and pass the model",
                 file=folder,
             )
-        self._files = [_File(path) for path in _files(folder)]
-        self._place = {key: file for file in self._files for key in file.tensors}
+        self._files = [CheckpointFile(path) for path in _files(folder)]
+        self.places = {key: file for file in self._files for key in file.tensors}
         self.skeleton = _skeleton(folder, fields)
         if self.skeleton is None:
             self._by_shape(fields)
@@ -547,23 +587,23 @@ class CheckpointWeights(StoredWeights):
         if not self.layers:
             raise ModelError(
                 "None of the model's linear layers is in the checkpoint.",
-                got=", ".join(sorted(self._place)[:3]) or "no tensors",
+                got=", ".join(sorted(self.places)[:3]) or "no tensors",
                 file=folder,
             )
 
     def _take(self, name: str, keys: list[str], info: LayerInfo) -> None:
-        key = next((k for n in keys if (k := self._key(n))), None)
+        key = next((k for n in keys if (k := self.key_of(n))), None)
         if key is None:
             self._problem(name, "missing", "the checkpoint has no tensor of that layer")
         else:
             self._add(name, key, info.kind == "conv1d", (info.d_out, info.d_in))
 
-    def _key(self, wanted: str) -> str | None:
-        """The name under which the file has a tensor: with a prefix more or less."""
+    def key_of(self, wanted: str) -> str | None:
+        """The name under which the files have a tensor: with a prefix more or less."""
         own = getattr(self.skeleton, "base_model_prefix", "")
         for prefix in (*_PREFIXES, *((f"{own}.",) if own else ())):
             for candidate in (f"{prefix}{wanted}", wanted.removeprefix(prefix)):
-                if candidate in self._place:
+                if candidate in self.places:
                     return candidate
         return None
 
@@ -571,8 +611,8 @@ class CheckpointWeights(StoredWeights):
         self.config = config = _namespace(fields)
         self.heads = frozenset()
         layouts = {}
-        for key in sorted(self._place, key=_natural):
-            shape = self._place[key].tensors.shape(key)
+        for key in sorted(self.places, key=_natural):
+            shape = self.places[key].tensors.shape(key)
             name = key.removesuffix(".weight")
             if name == key or len(shape) != 2 or re.search(r"embed|wte|wpe|norm", name):
                 continue
@@ -583,7 +623,7 @@ class CheckpointWeights(StoredWeights):
         self.layouts = layouts
 
     def _add(self, name: str, key: str, transposed: bool, wanted: tuple[int, int]) -> None:
-        tensors = self._place[key].tensors
+        tensors = self.places[key].tensors
         shape = tensors.shape(key)
         if tuple(shape[::-1] if transposed else shape) != wanted:
             message = f"stored as {list(shape)}, where the model has {list(wanted)}"
@@ -598,13 +638,13 @@ class CheckpointWeights(StoredWeights):
             what = str(dtype).removeprefix("torch.")
             self._problem(name, "dtype", f"stored as {what}: quantised")
             return
-        self.layers[name] = _FileMatrix(name, self._place[key], key, transposed)
+        self.layers[name] = _FileMatrix(name, self.places[key], key, transposed)
 
     def _sample(self, name: str, count: int) -> np.ndarray[Any, np.dtype[np.float32]] | None:
-        key = self._key(name)
+        key = self.key_of(name)
         if key is None:
             return None
-        file = self._place[key]
+        file = self.places[key]
         shape = file.tensors.shape(key)
         places = _places(count, shape)
         if places is None:
@@ -622,7 +662,7 @@ def _files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint."""
     index = folder / _INDEX
     if index.is_file():
-        mapped = parse_object(index.read_bytes(), index).get("weight_map")
+        mapped = read_object(index).get("weight_map")
         if not isinstance(mapped, dict) or not all(isinstance(v, str) for v in mapped.values()):
             raise ModelError("The index of the checkpoint is malformed.", file=index)
         names = sorted(set(mapped.values()))
@@ -664,11 +704,14 @@ def _skeleton(folder: Path, fields: Mapping[str, Any]) -> nn.Module | None:
     else:
         try:
             config = transformers.AutoConfig.from_pretrained(
-                os.fspath(folder), local_files_only=True, trust_remote_code=False
+                os.fspath(folder), local_files_only=True, **remote_code(False)
             )
+            check_sizes(config, os.fspath(folder))
             with torch.device("meta"):
                 return _instance(transformers, config)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+        except LorasmithError:
+            raise
+        except Exception as error:  # noqa: BLE001 - any, as the fields are a stranger's
             lines = str(error).strip().splitlines()
             why = lines[0] if lines else type(error).__name__
     warnings.warn(
@@ -687,9 +730,9 @@ def _instance(transformers: Any, config: Any) -> nn.Module:
             model: nn.Module = kind(config)
             return model
     try:
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config, **remote_code(False))
     except ValueError:
-        model = transformers.AutoModel.from_config(config)
+        model = transformers.AutoModel.from_config(config, **remote_code(False))
     return model
 
 
