@@ -204,7 +204,10 @@ MODELS: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_agrees_on_tiny_models(tmp_path: Path, name: str) -> None:
-    """float32 on both sides, so that nothing hides behind rounding: 1e-4 of effects of order 1."""
+    """float32 on both sides, so that nothing hides behind rounding: 1e-5 of effects of order 5.
+
+    llama.cpp looks GPT-2's GELU up in a table of float16, which costs 2e-3 without an adapter, too.
+    """
     make, architecture = MODELS[name]
     model = make()
     base = write_gguf(model, tmp_path / "base.gguf", architecture, vocabulary=True)
@@ -220,9 +223,10 @@ def test_llama_cpp_agrees_on_tiny_models(tmp_path: Path, name: str) -> None:
     theirs = LlamaCpp(base, tmp_path / "out" / "adapter.gguf").answer(PROMPT, 6, 320)
     assert [token for token, _ in theirs] == ids
     effect = (mine[0] - plain[0]).abs().max()
-    assert noise < 5e-4
+    bound = 5e-3 if name == "gpt2" else 1e-4
+    assert noise < bound
     assert effect > 0.3
-    assert spread(theirs, mine).max() < max(5e-4, 3 * float(noise))
+    assert spread(theirs, mine).max() < bound
 
 
 def test_llama_cpp_adapts_a_head_of_its_own(tmp_path: Path) -> None:

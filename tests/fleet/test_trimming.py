@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorasmith.fleet.trimming import kept_ranks
+from lorasmith.adapters.lora import LoRAConfig
+from lorasmith.fleet.building import absent, coded
+from lorasmith.fleet.codes import Layer
+from lorasmith.fleet.share import balance
+from lorasmith.fleet.subspace import SharedSubspace
+from lorasmith.fleet.trimming import kept_ranks, trim
+from lorasmith.io.weights import AdapterWeights
 
 
 def spectra(seed: int, layers: int, adapters: int, rank: int) -> tuple[Tensor, Tensor]:
@@ -70,3 +77,79 @@ def test_equal_values_are_dropped_from_the_end() -> None:
     ranks, lost = kept_ranks(values, torch.tensor([5.0, 1.0]), torch.tensor([3.0]))
     assert ranks[:, 0].tolist() == [1, 4]  # the dear layer first
     assert float(lost.sum()) == 3.0
+
+
+def layers_of(seed: int, directions: tuple[int, int]) -> list[Layer]:
+    """Two layers with balanced cores of ranks 0 to 4, full and in factors, and an absent one."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    found = []
+    for number in range(2):
+        Ru, Rd = directions
+        up, down = (torch.linalg.qr(draw(20, k))[0].mT for k in (Ru, Rd))
+        layer = Layer.new(f"layer{number}", up, down, 5)
+        codes = []
+        for rank in (1, 2, 3, 4):
+            right, left = balance(
+                draw(rank, Rd), draw(rank, Ru) * 0.5 ** torch.arange(rank)[:, None]
+            )
+            codes.append(coded(left, right, layer.sizes))
+        layer.fill([*codes[:2], absent(layer.sizes, layer.ranks), *codes[2:]])
+        found.append(layer)
+    return found
+
+
+@pytest.mark.parametrize("directions", [(12, 9), (4, 5), (3, 14)])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.4, 2.0])
+def test_trimming_moves_cores_by_what_it_says(directions: tuple[int, int], share: float) -> None:
+    layers = layers_of(3, directions)
+    before = [[layer.core(n).double() for n in range(5)] for layer in layers]
+    numbers = sum(layer.left.data.numel() + layer.right.data.numel() for layer in layers)
+    whole = torch.tensor([sum(float(c[n].square().sum()) for c in before) for n in range(5)])
+    lost = trim(layers, share * whole.double())
+    for place, layer in enumerate(layers):
+        assert not layer.has(2)
+        for n in range(5):
+            moved = float((layer.core(n).double() - before[place][n]).square().sum())
+            assert abs(moved - float(lost[n, place])) < 1e-6 * float(whole[n] + 1)
+    assert bool((lost.sum(1) <= share * whole + 1e-6).all())
+    after = sum(layer.left.data.numel() + layer.right.data.numel() for layer in layers)
+    assert after <= numbers
+    if share == 2.0:
+        assert after == 0
+
+
+def test_a_fleet_whose_adapters_need_less_than_their_rank() -> None:
+    """Within the same error, fewer bytes than with cores of the adapters' ranks; dense errors."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    shared_A, shared_B = draw(24, 64), draw(24, 48)
+    adapters, changes = {}, {}
+    for n in range(12):
+        strength = 0.3 ** torch.arange(8.0)[:, None]
+        A, B = draw(8, 24) @ shared_A, ((strength * draw(8, 24)) @ shared_B).mT
+        config = LoRAConfig(r=8, alpha=8)
+        adapters[f"a{n}"] = AdapterWeights.from_tensors(config, {"layer": {"A": A, "B": B}})
+        changes[f"a{n}"] = B.double() @ A.double()
+    fleet = SharedSubspace.from_adapters(adapters, error=0.1)
+    streamed = SharedSubspace.from_stream(adapters, error=0.1)
+    for made in (fleet, streamed):
+        ranks = made._layers[0].index[:, 1].tolist()
+        assert max(ranks) < 8
+        assert sum(ranks) < 0.6 * 12 * 8
+        for name, change in changes.items():
+            held = made.factors(name)["layer"]
+            error = float((held.B.double() @ held.A.double() - change).square().sum())
+            error /= float(change.square().sum())
+            assert error <= 0.1 * (1 + 1e-5)
+            assert abs(error - made.errors[name]) < 1e-5
+    fleet.absorb({"more": adapters["a0"]})
+    held = fleet.factors("more")["layer"]
+    moved = (held.B.double() @ held.A.double() - changes["a0"]).square().sum()
+    assert float(moved / changes["a0"].square().sum()) <= 0.1 * (1 + 1e-5)

@@ -89,7 +89,8 @@ def _compiled(pattern: str) -> Any:
         raise ValueError("it calls itself, or a group of its own")
     started = time.thread_time()
     compiled = regex.compile(pattern)
-    _allowance.spend(time.thread_time() - started - _COMPILING)
+    if not _allowance.spend(time.thread_time() - started - _COMPILING):
+        raise ValueError("compiling it and others took too long")
     return compiled
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -242,8 +243,8 @@ def export_adapter(
 
         _replace(target, (FILE, MODELFILE), write)
         commands = (
-            f"llama-cli -m {layout.file or 'BASE.gguf'} --lora {target / FILE}",
-            f"ollama create {label} -f {target / MODELFILE}",
+            f"llama-cli -m {_quoted(layout.file or 'BASE.gguf')} --lora {_quoted(target / FILE)}",
+            f"ollama create {label} -f {_quoted(target / MODELFILE)}",
         )
         return Export(
             to,
@@ -290,7 +291,9 @@ def export_adapter(
             "where the head is the embedding once more."
         )
     path = made.weights.save(target)
-    title = plain.base.name or (found.base_name if found is not None else "BASE")
+    title = plain.base.name or "BASE"
+    if found is not None and (base is not None or plain.base.name is None):
+        title = found.base_name
     return Export(
         to,
         path,
@@ -467,6 +470,10 @@ def _peft(
         (),
         tuple(notes),
     )
+
+
+def _quoted(path: Path | str) -> str:
+    return shlex.quote(str(path))
 
 
 def _files(path: Path) -> tuple[str, ...]:

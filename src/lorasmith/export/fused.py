@@ -717,7 +717,9 @@ class _Base:
             with quiet():
                 tokenizer = explained(
                     lambda: transformers.AutoTokenizer.from_pretrained(
-                        self.resolved.path, gguf_file=self.resolved.gguf_file
+                        self.resolved.path,
+                        gguf_file=self.resolved.gguf_file,
+                        **remote_code(False),
                     ),
                     self.resolved.name,
                 )

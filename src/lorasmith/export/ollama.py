@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorasmith.errors import ModelError
 from lorasmith.io.models import ResolvedModel
 
 __all__ = ["MODELFILE", "ChatFormat", "chat_format", "modelfile", "tokenizer_format"]
@@ -178,10 +179,11 @@ def _turn(text: str) -> tuple[str, str]:
 
 def tokenizer_format(base: ResolvedModel) -> tuple[ChatFormat | None, str | None, str | None]:
     """The chat format of a model's tokenizer, its end token, and why there is none, if so."""
-    from lorasmith.io.models import explained, quiet, transformers_module
+    from lorasmith.io.models import explained, quiet, remote_code, transformers_module
 
     transformers = transformers_module()
     arguments: dict[str, Any] = {"local_files_only": base.offline, "revision": base.revision}
+    arguments |= remote_code(False)
     if base.gguf_file is not None:
         arguments["gguf_file"] = base.gguf_file
     try:
@@ -225,6 +227,9 @@ def modelfile(
         found: The chat format, if there is one.
         end: The token that ends an answer.
         beside: The directory it will be in.
+
+    Raises:
+        ModelError: The base model's name or path would be more than a line.
     """
     lines = ["# ollama create NAME -f Modelfile"]
     local = Path(base.path) / (base.gguf_file or "")
@@ -237,10 +242,15 @@ def modelfile(
             f"FROM ./{title}.gguf",
         ]
     lines.append(f"ADAPTER ./{adapter}")
+    for line in lines:
+        if not line.isprintable():  # another line of the file, in a name
+            raise ModelError("The base model's name cannot be written.", got=repr(line))
     template = None if found is None else found.template()
-    if template is not None and '"""' not in template:
+    # What would end the text early came from a stranger's tokenizer.
+    if template is not None and '"""' not in template and not template.endswith('"'):
         lines.append(f'TEMPLATE """{template}"""')
-        if end and found is not None and end in found.assistant[1]:
+        plain = end is not None and end.isprintable() and '"' not in end and "\\" not in end
+        if plain and end and found is not None and end in found.assistant[1]:
             lines.append(f'PARAMETER stop "{end}"')
     return "\n".join(lines) + "\n"
 

@@ -47,6 +47,7 @@ from lorasmith.io.models import (
     explained,
     first_line,
     quiet,
+    remote_code,
     transformers_module,
 )
 from lorasmith.io.tensors import TensorSource
@@ -276,7 +277,7 @@ def _tokens(folder: Path, prompts: Sequence[str] | None, trial: Trial) -> tuple[
         with quiet():
             tokenizer = explained(
                 lambda: transformers.AutoTokenizer.from_pretrained(
-                    os.fspath(folder), local_files_only=True
+                    os.fspath(folder), local_files_only=True, **remote_code(False)
                 ),
                 trial.resolved.name,
             )
@@ -288,7 +289,9 @@ def _tokens(folder: Path, prompts: Sequence[str] | None, trial: Trial) -> tuple[
                 fix="leave prompts out: random tokens are taken then",
                 key="prompts",
             )
-        config = transformers.AutoConfig.from_pretrained(os.fspath(folder), local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(
+            os.fspath(folder), local_files_only=True, **remote_code(False)
+        )
         rows = int(config.get_text_config().vocab_size)
         made = torch.randint(0, rows, _RANDOM, generator=torch.Generator().manual_seed(0))
         return list(made), "random tokens"
@@ -324,9 +327,9 @@ def _attached(
 ) -> list[Tensor]:
     transformers = transformers_module()
     resolved = trial.resolved
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = remote_code(False)
     if resolved.gguf_file is not None:
-        arguments = {"gguf_file": resolved.gguf_file, **dequantised(transformers)}
+        arguments |= {"gguf_file": resolved.gguf_file, **dequantised(transformers)}
     with quiet():
         model: Any = explained(
             lambda: trial.kind.from_pretrained(  # type: ignore[attr-defined]

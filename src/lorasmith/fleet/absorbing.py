@@ -21,6 +21,7 @@ from lorasmith.fleet.incremental import orthonormal, square
 from lorasmith.fleet.joint import choose, lost
 from lorasmith.fleet.members import Member
 from lorasmith.fleet.records import Adapter
+from lorasmith.fleet.trimming import trim
 
 __all__ = ["absorb_joint", "absorb_share"]
 
@@ -101,6 +102,8 @@ def absorb_joint(
         whole = (a, b) == (one.state.up.shape[0], one.state.down.shape[0])
         moved[:, place] = 0 if whole else option[0][:, c]
         layers[place] = one.layer(layer, a, b, len(old))
+    if allowed and most is None and not any(layer.diagonal for layer in layers):
+        moved += trim(layers, room - moved.sum(1))
     return layers, moved
 
 

@@ -5,7 +5,8 @@ factors of one stack, or all of them while they fit into a limit. The number of 
 layer is chosen last, by one of
 
 * ``error``: the most that any adapter may lose, Σ_l ‖ΔW_l − ΔŴ_l‖² / Σ_l ‖ΔW_l‖², for the
-  fewest bytes (:func:`lorasmith.fleet.joint.choose`);
+  fewest bytes (:func:`lorasmith.fleet.joint.choose`). Of the joint basis each adapter's cores
+  are cut as well, to the rank that it needs (:mod:`lorasmith.fleet.trimming`);
 * ``variance``: the least share of ‖ΔW‖² to keep, of each layer, in the mean over the adapters;
 * ``components``: as many, on every layer.
 """
@@ -27,6 +28,7 @@ from lorasmith.fleet import joint, parallel, share
 from lorasmith.fleet.codec import Rows
 from lorasmith.fleet.codes import ABSENT, DIAGONAL, FACTORED, FULL, LOADINGS, Code, Layer
 from lorasmith.fleet.members import Member
+from lorasmith.fleet.trimming import split, trim
 from lorasmith.io import peft
 from lorasmith.io.tensors import FileTensors
 
@@ -378,6 +380,7 @@ class _Options:
     lost: Tensor  # [N, options]
     cost: Tensor  # [options]
     energy: Tensor  # [N]
+    spectrum: Tensor  # σ² of ΔW [N, r], falling; of the same units as what is lost
     #: Left [N, r, R_u] and right [N, r, R_d] of all adapters, where there is room for them.
     coordinates: tuple[Tensor, Tensor] | None
 
@@ -417,17 +420,37 @@ def build_joint(
         for m, o in zip(chunk, each, strict=True)
     }
     ordered = [options[m] for m in stacks.modules]
-    chosen = _chosen(ordered, total * unit.square(), target)
+    if target.error is not None and target.per_layer and not diagonal:
+        chosen = _split(ordered, target.error * total * unit.square())
+    else:
+        chosen = _chosen(ordered, total * unit.square(), target)
     ranks = {m: o.sizes[c] for m, o, c in zip(stacks.modules, ordered, chosen, strict=True)}
-    first = _cores(stacks, options, ranks, unit, 0, diagonal)
-    if not sweeps:
-        return first
-    better = _cores(stacks, options, ranks, unit, sweeps, diagonal)
-    if target.error is not None:
-        over = better.lost.sum(1) > target.error * total
-        if bool((over & (first.lost.sum(1) <= target.error * total)).any()):
-            return first
-    return better
+    built = _cores(stacks, options, ranks, unit, 0, diagonal)
+    budget = None if target.error is None else target.error * total
+    if sweeps:
+        better = _cores(stacks, options, ranks, unit, sweeps, diagonal)
+        worse = torch.zeros(len(total), dtype=torch.bool)
+        if budget is not None:
+            worse = (better.lost.sum(1) > budget) & (built.lost.sum(1) <= budget)
+        built = built if bool(worse.any()) else better
+    if budget is None or diagonal:
+        return built
+    more = trim(built.layers, budget - built.lost.sum(1))
+    return Built(built.layers, built.lost + more)
+
+
+def _split(options: Sequence[_Options], budget: Tensor) -> list[int]:
+    """The option of each layer, where cores are trimmed afterwards."""
+    most = max(o.spectrum.shape[1] for o in options)
+    pad = torch.nn.functional.pad
+    energies = torch.stack([pad(o.spectrum, (0, most - o.spectrum.shape[1])) for o in options])
+
+    def cost(place: int, ranks: Tensor) -> Tensor:
+        one = options[place]
+        sizes = one.up.shape[1], one.down.shape[1]
+        return pair_costs(one.sizes, ranks.to(torch.float64), sizes)
+
+    return split([o.lost for o in options], [o.sizes for o in options], cost, energies, budget)
 
 
 def _unit(total: Tensor) -> Tensor:
@@ -460,6 +483,11 @@ def _options(
     d_out = B.shape[-1]
     full = min(N * r, max(d_in, d_out))
     most = target.components or min(full, _FIRST)
+    spectrum = energy[..., None]
+    if target.error is not None:
+        inner = roots[1].mT @ roots[0]
+        spectrum = torch.linalg.eigvalsh(inner.mT @ inner).flip(-1).clamp_min(0)
+        spectrum = spectrum * unit.square()[None, :, None]
     weight = unit[None, :, None, None]
     roots = roots[0] * weight, roots[1] * weight
     whole = energy * unit.square()
@@ -488,7 +516,8 @@ def _options(
     for layer in range(L):
         cost = pair_costs(pairs, ranks[layer].to(torch.float64), (d_out, d_in))
         kept = (left[layer].clone(), right[layer].clone()) if small else None
-        found.append(_Options(up[layer], down[layer], pairs, flat[layer], cost, whole[layer], kept))
+        own = flat[layer], cost, whole[layer], spectrum[layer], kept
+        found.append(_Options(up[layer], down[layer], pairs, *own))
     return found
 
 

@@ -606,7 +606,13 @@ class MemberRecord:
             )
             config_from_dict(record.config)
             _dtype(record.dtype)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            for module, size in record.sizes.items():
+                # What is rebuilt is filled up to its old rank: an impossible one takes all memory.
+                if min(size) < 0 or max(size) >= 2**31:
+                    raise ValueError(f"{module} cannot have the sizes {size}")
+                if not 0 <= record.ranks.get(module, 0) <= max(256, 2 * max(size)):
+                    raise ValueError(f"{module} cannot have the rank {record.ranks[module]}")
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
             reason = error.what if isinstance(error, LorasmithError) else repr(error)
             raise AdapterFileError(
                 f"The record of an adapter cannot be read: {reason}.", key="record"

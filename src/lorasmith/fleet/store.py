@@ -268,6 +268,7 @@ def load(path: str | os.PathLike[str]) -> SharedSubspace:
         ValueError,
         IndexError,
         AttributeError,
+        ArithmeticError,
         RuntimeError,
     ) as error:
         reason = error.what if isinstance(error, LorasmithError) else repr(error)

@@ -43,6 +43,7 @@ from lorasmith.fleet.members import (
     expand,
     open_members,
 )
+from lorasmith.fleet.trimming import split, trim
 from lorasmith.io.weights import BaseModel
 
 __all__ = ["JointStream", "Stream", "blocks", "merge"]
@@ -272,7 +273,7 @@ class JointStream:
         """
         N, modules = self.count, list(self.layers)
         energy = torch.zeros(N, len(modules), dtype=torch.float64)
-        finals, tables, costs, pairs = [], [], [], []
+        finals, tables, costs, pairs, spectra = [], [], [], [], []
         for place, (module, state) in enumerate(self.layers.items()):
             final = self._final(state)
             r = max(left.shape[0] for left, _, _ in final.values())
@@ -294,12 +295,16 @@ class JointStream:
             ranks = torch.tensor([state.rank.get(n, 0) for n in range(N)], dtype=torch.float64)
             costs.append(pair_costs(sizes, ranks, state.sizes))
             pairs.append(sizes)
+            inner = joint.factor_root(left[0]).mT @ joint.factor_root(right[0])
+            spectra.append(torch.linalg.eigvalsh(inner.mT @ inner).flip(-1).clamp_min(0))
             finals.append((module, state, final))
             if progress is not None:
                 progress("choose", place + 1, len(modules))
         total = energy.sum(1)
-        if target.error is not None:
+        if target.error is not None and self.once:
             chosen = joint.choose(tables, costs, target.error * total)
+        elif target.error is not None:
+            chosen = self._split(tables, pairs, spectra, target.error * total)
         else:
             chosen = [0] * len(modules)
         layers = []
@@ -318,7 +323,27 @@ class JointStream:
             layer.fill(codes)
             layers.append(layer)
             lost[:, place] = tables[place][:, chosen[place]]
+        if target.error is not None and not self.once:
+            lost += trim(layers, target.error * total - lost.sum(1))
         return Built(layers, lost), energy
+
+    def _split(
+        self,
+        tables: Sequence[Tensor],
+        pairs: Sequence[Sequence[tuple[int, int]]],
+        spectra: Sequence[Tensor],
+        budget: Tensor,
+    ) -> list[int]:
+        """The option of each layer, where cores are trimmed afterwards."""
+        sizes = [state.sizes for state in self.layers.values()]
+        most = max(s.shape[1] for s in spectra)
+        pad = torch.nn.functional.pad
+
+        def cost(place: int, ranks: Tensor) -> Tensor:
+            return pair_costs(pairs[place], ranks.to(torch.float64), sizes[place])
+
+        energies = torch.stack([pad(s, (0, most - s.shape[1])) for s in spectra])
+        return split(tables, pairs, cost, energies, budget)
 
 
 def _square(left: Tensor, right: Tensor) -> float:

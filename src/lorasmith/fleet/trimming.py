@@ -25,9 +25,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lorasmith.fleet.codec import Rows
+from lorasmith.fleet.codes import FACTORED, FULL, Layer
 from lorasmith.fleet.joint import choose
 
-__all__ = ["kept_ranks", "split"]
+__all__ = ["kept_ranks", "split", "trim"]
 
 #: Shares of the budget that the basis may have; the next is tried while bytes fall.
 _SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)
@@ -98,3 +100,66 @@ def split(
         best, least = chosen, total
     assert best is not None
     return best
+
+
+def trim(layers: Sequence[Layer], room: Tensor) -> Tensor:
+    """Takes out of cores what is not worth its bytes. Nothing else is changed.
+
+    Cores in factors have them in the balanced gauge
+    (:func:`lorasmith.fleet.share.balance`), so that the rows j of left and right are at right
+    angles to all others and hold σ_j = ‖left_j‖ ‖right_j‖; full cores are taken apart. A full
+    core that can be held in factors for less is, others stay whole.
+
+    Args:
+        layers: Of a joint basis, not rounded; changed.
+        room: The most that each adapter may lose by it over all layers, [N].
+
+    Returns:
+        ‖C − C'‖² [N, L], float64.
+    """
+    apart = [_apart(layer) for layer in layers]
+    most = max([1, *(left.shape[1] for left, _ in apart)])
+    L, N = len(layers), len(room)
+    energies = torch.zeros(L, N, most, dtype=torch.float64)
+    for i, (left, right) in enumerate(apart):
+        squares = [x.to(torch.float64).square().sum(2) for x in (left, right)]
+        energies[i, :, : left.shape[1]] = squares[0] * squares[1]
+    # Rounding may put nearly equal ones in the wrong order.
+    ordered = energies.flip(-1).cummax(-1)[0].flip(-1)
+    costs = torch.tensor([float(sum(layer.ranks)) for layer in layers])
+    ranks, _ = kept_ranks(ordered, costs, room)
+    lost = torch.zeros(N, L, dtype=torch.float64)
+    for i, (layer, (left, right)) in enumerate(zip(layers, apart, strict=True)):
+        Ru, Rd = layer.ranks
+        kind, index = layer.index[:, 0], layer.index.clone()
+        cut = (kind == FACTORED) | ((kind == FULL) & (ranks[i] * (Ru + Rd) < Ru * Rd))
+        keep = (torch.arange(left.shape[1]) < ranks[i][:, None]) & cut[:, None]
+        lost[:, i] = (energies[i, :, : left.shape[1]] * (cut[:, None] & ~keep)).sum(1)
+        index[cut, 0] = FACTORED
+        index[cut, 1:3] = keep.sum(1)[cut].unsqueeze(1)
+        before = torch.split(layer.right.unpack(), layer.index[:, 2].tolist())
+        rows = [right[n, keep[n]] if cut[n] else before[n] for n in range(N)]
+        layer.left, layer.right = Rows.pack(left[keep]), Rows.pack(torch.cat(rows))
+        layer.index = index
+    return lost
+
+
+def _apart(layer: Layer) -> tuple[Tensor, Tensor]:
+    """The cores as left [N, k, R_u] and right [N, k, R_d], balanced, filled up with zeros."""
+    kind, many = layer.index[:, 0], layer.index[:, 2]
+    Ru, Rd = layer.ranks
+    full, factored = kind == FULL, kind == FACTORED
+    most = max([0, *many[factored].tolist(), *([min(Ru, Rd)] if bool(full.any()) else [])])
+    left, right = torch.zeros(len(kind), most, Ru), torch.zeros(len(kind), most, Rd)
+    own = torch.arange(most) < torch.where(factored, many, 0)[:, None]
+    values = layer.right.unpack()
+    left[own] = layer.left.unpack()  # full cores have no rows there
+    right[own] = values[torch.repeat_interleave(factored, many)]
+    if bool(full.any()):
+        cores = values[torch.repeat_interleave(full, many)].view(-1, Ru, Rd)
+        P, S, Q = torch.linalg.svd(cores.to(torch.float64), full_matrices=False)
+        root = S.sqrt().unsqueeze(-1)
+        size = S.shape[1]
+        left[full, :size] = (root * P.mT).to(torch.float32)
+        right[full, :size] = (root * Q).to(torch.float32)
+    return left, right
