@@ -108,6 +108,8 @@ def main() -> None:
     bare = server(file)
     plain = [compare(bare, model, chat, given.tokens) for chat in chats]
     noise = torch.tensor([gap for gaps, _, _ in plain for gap in gaps])
+    print("| adapter | mean | 95 % | largest | effect | tokens alike | error of converting |")
+    print("|---|---|---|---|---|---|---|")
     rows = [row("no adapter", noise, plain, None, 0.0)]
     with tempfile.TemporaryDirectory() as out:
         for path in given.adapters:
@@ -124,14 +126,6 @@ def main() -> None:
             rows.append(row(path.name, gaps, found, effect, made.error))
             ls.detach(model, handle.name)
             del run
-    print("| adapter | mean | 95 % | largest | effect | tokens alike | error of converting |")
-    print("|---|---|---|---|---|---|---|")
-    for one in rows:
-        moves = "" if one["effect"] is None else f"{one['effect']:.1f}"
-        print(
-            f"| {one['adapter']} | {one['mean']:.3f} | {one['high']:.3f} | {one['largest']:.3f} "
-            f"| {moves} | {one['alike']} of {one['of']} | {one['error']:.2g} |"
-        )
     if given.json is not None:
         given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
@@ -143,8 +137,8 @@ def row(
     effect: float | None,
     error: float,
 ) -> dict[str, Any]:
-    """One line of the table."""
-    return {
+    """One line of the table, printed."""
+    one = {
         "adapter": name,
         "mean": float(gaps.mean()),
         "high": float(gaps.quantile(0.95)),
@@ -154,6 +148,13 @@ def row(
         "of": sum(count for _, _, count in found),
         "error": error,
     }
+    print(
+        f"| {name} | {one['mean']:.3f} | {one['high']:.3f} | {one['largest']:.3f} "
+        f"| {'' if effect is None else f'{effect:.1f}'} | {one['alike']} of {one['of']} "
+        f"| {error:.2g} |",
+        flush=True,
+    )
+    return one
 
 
 if __name__ == "__main__":

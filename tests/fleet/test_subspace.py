@@ -368,6 +368,29 @@ def test_absorbing_keeps_residuals_and_codecs(basis: Any) -> None:
 
 
 @BOTH
+@pytest.mark.parametrize("bits", [8, 4])
+def test_absorbing_in_few_bits_tells_what_rounding_moves(basis: Any, bits: int) -> None:
+    sources = fleet(6, common=0.5)
+    names = list(sources)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BudgetWarning)
+        made = SharedSubspace.from_adapters({n: sources[n] for n in names[:4]}, basis=basis)
+        made.quantize(bits)
+        before = {n: held(made, n) for n in made.ids}
+        done = made.absorb({n: sources[n] for n in names[4:]})
+    for name in names[:4]:
+        whole = sum(float(W.square().sum()) for W in deltas(sources[name]).values())
+        gone = sum(float((before[name][m] - W).square().sum()) for m, W in held(made, name).items())
+        assert gone > 0
+        # In units of what is known of ‖ΔW‖², which is exact.
+        assert gone / whole == pytest.approx(done.moved[name], rel=1e-3, abs=1e-7)
+        assert error(deltas(sources[name]), held(made, name)) <= made.errors[name] + 1e-6
+    for name in names[4:]:  # at hand, and so measured after rounding
+        true = error(deltas(sources[name]), held(made, name))
+        assert true == pytest.approx(made.errors[name], rel=1e-3, abs=1e-6)
+
+
+@BOTH
 def test_remove_leaves_the_others(basis: Any) -> None:
     made = SharedSubspace.from_adapters(fleet(), basis=basis, error=0.05)
     made.add(adapter(80), "beside", error=0.01)

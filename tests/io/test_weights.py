@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lorasmith as ls
@@ -327,3 +329,35 @@ def test_any_module_name_survives_the_file(
     # As a stranger would read it: the names in target_modules are exactly the modules.
     plain = ls.read_adapter(support.foreign(folder / "a"))
     assert set(plain.modules) == set(names)
+
+
+def test_what_was_right_for_one_file_is_not_taken_for_another(tmp_path: Path) -> None:
+    """Layouts that were checked are remembered; each thing they depend on is compared."""
+    model = support.llama()
+    support.attached(model, ls.LoRAConfig(r=4, alpha=8))
+    ls.save(model, tmp_path / "a")
+    (tmp_path / "a" / "lorasmith.json").unlink()
+    read = [ls.read_adapter(tmp_path / "a") for _ in range(2)]
+    assert read[0].factors[LAYER].scaling == read[1].factors[LAYER].scaling == 2.0
+    config = tmp_path / "a" / "adapter_config.json"
+    text = config.read_text()
+
+    def changed(**fields: object) -> ls.AdapterWeights:
+        config.write_text(json.dumps(json.loads(text) | fields))
+        return ls.read_adapter(tmp_path / "a")
+
+    assert changed(lora_alpha=2).factors[LAYER].scaling == 0.5
+    assert changed(fan_in_fan_out=True).layers[LAYER].kind == "conv1d"
+    with pytest.raises(AdapterFileError, match="shape"):
+        changed(r=8)
+    config.write_text(text)
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    stored = load_file(weights)
+    key = f"base_model.model.{LAYER}.lora_A.weight"
+    for wrong in (stored[key][:3], stored[key].to(torch.int32)):
+        save_file({**stored, key: wrong.contiguous()}, weights, {"format": "pt"})
+        with pytest.raises(AdapterFileError, match=r"shape|floating"):
+            ls.read_adapter(tmp_path / "a")
+    save_file({k: v for k, v in stored.items() if k != key}, weights, {"format": "pt"})
+    with pytest.raises(AdapterFileError, match="missing"):
+        ls.read_adapter(tmp_path / "a")

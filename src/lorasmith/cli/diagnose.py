@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import io
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from rich.text import Text
 
 from lorasmith.cli.output import Common, CommonOptions, emit, grid, number, session, stderr
 from lorasmith.errors import ConfigError, MissingDependencyError, ModelError
+from lorasmith.io.atomic import replace_text
 
 if TYPE_CHECKING:
     from lorasmith.diagnostics.compare import Comparison
@@ -364,7 +366,7 @@ def _write(reports: dict[str, RotationReport], comparison: Comparison | None, pa
         import json
 
         text = json.dumps(_payload(reports, comparison), indent=1, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        replace_text(path, text + "\n")
     else:
         _write_pairs(comparison, path)
     return path
@@ -374,13 +376,14 @@ def _write_pairs(comparison: Comparison, path: Path) -> None:
     """One line a unit, one column a report."""
     import csv
 
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        columns = [f"{what}:{n}" for n in comparison.names for what in ("theta_deg", "norm_ratio")]
-        writer.writerow(["name", "layer", "projection", "role", "head", *columns])
-        for u in comparison.units:
-            values = [v for pair in zip(u.theta_deg, u.norm_ratio, strict=True) for v in pair]
-            writer.writerow([u.name, u.layer, u.projection, u.role, u.head, *values])
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream)
+    columns = [f"{what}:{n}" for n in comparison.names for what in ("theta_deg", "norm_ratio")]
+    writer.writerow(["name", "layer", "projection", "role", "head", *columns])
+    for u in comparison.units:
+        values = [v for pair in zip(u.theta_deg, u.norm_ratio, strict=True) for v in pair]
+        writer.writerow([u.name, u.layer, u.projection, u.role, u.head, *values])
+    replace_text(path, stream.getvalue())
 
 
 def _draw(reports: dict[str, RotationReport], path: Path) -> Path:

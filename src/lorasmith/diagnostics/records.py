@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import math
 import os
@@ -15,9 +16,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, BinaryIO, Literal, TypeVar, get_args
 
 from lorasmith.errors import ConfigError
+from lorasmith.io.atomic import replace_file, replace_text
 
 __all__ = [
     "Aggregate",
@@ -436,14 +438,15 @@ class RotationReport:
 
     def _write_json(self, path: Path) -> None:
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        replace_text(path, text + "\n")
 
     def _write_csv(self, path: Path) -> None:
-        with path.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(_UNIT_FIELDS)
-            for unit in self.units:
-                writer.writerow([getattr(unit, name) for name in _UNIT_FIELDS])
+        stream = io.StringIO(newline="")
+        writer = csv.writer(stream)
+        writer.writerow(_UNIT_FIELDS)
+        for unit in self.units:
+            writer.writerow([getattr(unit, name) for name in _UNIT_FIELDS])
+        replace_text(path, stream.getvalue())
 
     def _write_npz(self, path: Path) -> None:
         import numpy as np
@@ -465,7 +468,11 @@ class RotationReport:
             key = f"{one.name}/{one.role}"
             arrays[f"diversity_before/{key}"] = np.array(one.matrix_before)
             arrays[f"diversity_after/{key}"] = np.array(one.matrix_after)
-        np.savez_compressed(path, **arrays)
+
+        def write(stream: BinaryIO) -> None:
+            np.savez_compressed(stream, **arrays)
+
+        replace_file(path, write)
 
     def _write_html(self, path: Path) -> None:
         from importlib import import_module

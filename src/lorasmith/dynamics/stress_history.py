@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterable
@@ -53,15 +54,16 @@ class StressRecord:
 def write_json(history: Iterable[StressRecord], path: str | Path) -> None:
     """Writes a list of objects, one a step."""
     rows = [record.to_dict() for record in history]
-    Path(path).write_text(json.dumps(rows, allow_nan=False) + "\n", encoding="utf-8")
+    replace_text(Path(path), json.dumps(rows, allow_nan=False) + "\n")
 
 
 def write_csv(history: Iterable[StressRecord], path: str | Path) -> None:
     """Writes a table with a header, one line a step; what is not finite is empty."""
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, [f.name for f in fields(StressRecord)], lineterminator="\n")
-        table.writeheader()
-        table.writerows(record.to_dict() for record in history)
+    file = io.StringIO(newline="")
+    table = csv.DictWriter(file, [f.name for f in fields(StressRecord)], lineterminator="\n")
+    table.writeheader()
+    table.writerows(record.to_dict() for record in history)
+    replace_text(Path(path), file.getvalue())
 
 
 def read_json(path: str | Path) -> list[StressRecord]:

@@ -74,8 +74,8 @@ class Absorbed:
 
     Attributes:
         added: One record a new adapter.
-        moved: Id of an old adapter → ‖ΔŴ − ΔŴ'‖² / ‖ΔW‖² by the truncation; 0 up to rounding
-            where nothing was truncated.
+        moved: Id of an old adapter → ‖ΔŴ − ΔŴ'‖² / ‖ΔW‖² by the truncation, and by rounding
+            anew where the fleet is in few bits; 0 where there was neither.
         ranks: Module name → (R_u, R_d) before and after.
     """
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -49,10 +50,10 @@ from lorasmith.errors import (
 )
 from lorasmith.fleet.members import check_id
 from lorasmith.fleet.multitask import MultiTaskModel
-from lorasmith.io.atomic import replace_files
+from lorasmith.io.atomic import read_one_generation, replace_files
 from lorasmith.io.fingerprint import Fingerprint, fingerprint
 from lorasmith.io.strict import check_inside, read_object
-from lorasmith.io.tensors import FileTensors
+from lorasmith.io.tensors import FileTensors, sha256_of
 from lorasmith.io.weights import as_path
 
 __all__ = ["Prompt", "RouterReport", "Routing", "TaskRouter"]
@@ -471,6 +472,7 @@ class TaskRouter:
 
         Raises:
             ConfigError: The router is not trained.
+            AdapterFileError: It cannot be written; the path is as it was then.
         """
         classifier, report = self._trained(), self.report
         assert report is not None
@@ -490,10 +492,20 @@ class TaskRouter:
         def write(stage: Path) -> None:
             tensors = {n: getattr(classifier, n) for n in _TENSORS}
             save_file(tensors, stage / TENSORS)
+            # Binds the two files to one generation.
+            manifest["sha256"] = sha256_of(stage / TENSORS)
             text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
             (stage / CONFIG).write_text(text + "\n", encoding="utf-8")
+            shutil.copymode(stage / CONFIG, stage / TENSORS)
 
-        replace_files(target, {CONFIG, TENSORS}, write)
+        try:
+            replace_files(target, {CONFIG, TENSORS}, write)
+        except OSError as error:
+            raise AdapterFileError(
+                f"The router could not be written: {error}.",
+                file=target,
+                fix="check free space and permissions of the directory above",
+            ) from error
         return target
 
     @classmethod
@@ -514,10 +526,7 @@ class TaskRouter:
         """
         folder = as_path(path).expanduser()
         file = folder / CONFIG
-        try:
-            values = read_object(file, root=folder)
-        except OSError as error:
-            raise AdapterFileError("There is no router.", file=file, got=error.strerror) from error
+        values, tensors = read_one_generation(folder, (CONFIG, TENSORS), lambda: _open(folder))
         if values.get("format") != FORMAT:
             raise AdapterFileError(
                 "The router has another format.",
@@ -546,8 +555,7 @@ class TaskRouter:
                     file=folder,
                     fix="load the right base model, or pass allow_base_mismatch=True",
                 )
-        check_inside(folder / TENSORS, folder)
-        router._classifier = _Classifier(classes, *_read(folder / TENSORS, len(classes)))
+        router._classifier = _Classifier(classes, *_read(tensors, len(classes)))
         router.report, router._threshold = report, threshold
         return router
 
@@ -555,8 +563,29 @@ class TaskRouter:
 _TENSORS = ("weight", "bias", "mean", "scale")
 
 
-def _read(file: Path, classes: int) -> list[Tensor]:
-    tensors = FileTensors(file)
+def _open(folder: Path) -> tuple[dict[str, Any], FileTensors]:
+    """Configuration and tensors, which must be of one generation."""
+    file, weights = folder / CONFIG, folder / TENSORS
+    try:
+        values = read_object(file, root=folder)
+    except OSError as error:
+        raise AdapterFileError("There is no router.", file=file, got=error.strerror) from error
+    check_inside(weights, folder)
+    tensors = FileTensors(weights)
+    # Routers of earlier versions do not name the other file.
+    if "sha256" in values and (sha256_of(weights) != values["sha256"] or tensors.changed()):
+        raise AdapterFileError(
+            "The router's tensors are not those that its configuration names.",
+            file=weights,
+            key="sha256",
+            expected=str(values["sha256"])[:64],
+            fix="they are damaged, or of another generation: copy the directory again",
+        )
+    return values, tensors
+
+
+def _read(tensors: FileTensors, classes: int) -> list[Tensor]:
+    file = tensors.path
     if set(tensors) != set(_TENSORS):
         raise AdapterFileError(
             "The file does not hold a router.",

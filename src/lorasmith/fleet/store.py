@@ -32,7 +32,7 @@ from lorasmith.fleet.codec import Rows, codec_of
 from lorasmith.fleet.codes import ABSENT, DIAGONAL, FACTORED, FULL, LOADINGS, PARTS, Layer
 from lorasmith.fleet.members import MemberRecord, check_id
 from lorasmith.fleet.records import Adapter
-from lorasmith.io.atomic import replace_files
+from lorasmith.io.atomic import read_one_generation, replace_files
 from lorasmith.io.fingerprint import Fingerprint
 from lorasmith.io.hub import fetch
 from lorasmith.io.strict import check_inside, read_object
@@ -245,8 +245,6 @@ def _packed_index(layers: list[Layer], adapters: int) -> Tensor:
 
 def load(path: str | os.PathLike[str]) -> SharedSubspace:
     """Reads a subspace; see ``SharedSubspace.load``."""
-    from lorasmith.fleet.subspace import SharedSubspace
-
     folder = fetch(path, (MANIFEST, BASIS, CODES, REST))
     if folder is None:
         raise AdapterFileError(
@@ -255,8 +253,14 @@ def load(path: str | os.PathLike[str]) -> SharedSubspace:
             expected=f"a directory, URL or hub id with {MANIFEST}",
             fix="make one with lorasmith fleet compress",
         )
-    generation = sha256_of(folder / MANIFEST)
+    return read_one_generation(folder, OWNED, lambda: _load(folder))
+
+
+def _load(folder: Path) -> SharedSubspace:
+    from lorasmith.fleet.subspace import SharedSubspace
+
     manifest = _manifest(folder)
+    generation = sha256_of(folder / MANIFEST)
     try:
         subspace = _read(folder, manifest)
     except AdapterFileError:

@@ -824,6 +824,8 @@ class SharedSubspace:
         The result is the decomposition of all adapters at once as far as they are held. What
         the truncation moves of old adapters is measured and reported; none is moved beyond
         the budget (see :attr:`errors`), and one that is beyond it already stays as it is.
+        A fleet in few bits is rounded anew, which moves all adapters a little further, and
+        that is part of what is reported.
 
         Args:
             sources: The new adapters.
@@ -853,11 +855,15 @@ class SharedSubspace:
             layers, moved = absorb(
                 self._layers, self._adapters, entering, members, allowed, components
             )
+            rounds = any(codec != "float32" for codec in codecs.values())
+            if rounds:
+                for place, (was, layer) in enumerate(zip(self._layers, layers, strict=True)):
+                    requantise(layer, codecs)
+                    moved[:old, place] = _distances(was, layer, old)
             self._layers = layers
             report = self._settle(entering, moved)
-            if any(codec != "float32" for codec in codecs.values()):
-                again = torch.stack([requantise(x, codecs) for x in self._layers], 1)
-                self._move(again)
+            if rounds:
+                measure(self._layers, self._adapters, members, old)
         added = tuple(self._projection(n, allowed) for n in range(old, len(self._adapters)))
         for record in added:
             if not record.within:
@@ -1162,6 +1168,17 @@ def _cut(factors: LayerFactors, most: int) -> LayerFactors:
     spectrum = Product(factors.B.to(torch.float64), factors.A.to(torch.float64)).spectrum()
     made = spectrum.factors(max(1, min(most, spectrum.useful)), 1.0)
     return LayerFactors(made["A"], made["B"])
+
+
+def _distances(old: Layer, new: Layer, count: int) -> Tensor:
+    """‖ΔŴ − ΔŴ'‖² of the first adapters [count], float64."""
+    before, after = ((x, x.up.unpack(), x.down.unpack()) for x in (old, new))
+    found = torch.zeros(count, dtype=torch.float64)
+    for n in range(count):
+        if old.has(n):
+            was, now = (x.rows(n, up, down) for x, up, down in (before, after))
+            found[n] = share.distance(*was, *now)
+    return found
 
 
 def _ratios(modules: Iterable[str], lost: Tensor, energy: Tensor) -> dict[str, float]:

@@ -13,7 +13,11 @@ inodes (copies where the file system has none), subdirectories are moved over af
 swap, and are found again by :func:`recover` if the process dies just then.
 
 Writers of one path take turns (a lock file beside it, ``.<name>.lock``). Readers take no
-lock.
+lock. Whatever fails, the last ``fsync`` too, the call raises and the old generation is back.
+
+A single file is written under another name and renamed (:func:`replace_file`). Its writers need
+not take turns; each locks the file it writes into, so that the next one can tell what a dead
+process has left from what a living one is writing.
 """
 
 from __future__ import annotations
@@ -26,16 +30,34 @@ import re
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
-from lorasmith.errors import AdapterFileError
+from lorasmith.errors import AdapterFileError, LorasmithError
 
-__all__ = ["interrupted", "locked", "recover", "replace_files"]
+__all__ = [
+    "exchange",
+    "interrupted",
+    "leftovers",
+    "locked",
+    "read_one_generation",
+    "recover",
+    "replace_file",
+    "replace_files",
+    "replace_text",
+]
 
 #: Seconds to wait for another writer of the same path.
 LOCK_TIMEOUT = 120.0
+
+#: Times that files are read again while somebody is replacing them, and seconds between.
+_TRIES = 20
+_PAUSE = 0.02
+
+_T = TypeVar("_T")
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -93,7 +115,11 @@ def replace_files(target: Path, owned: Collection[str], write: Callable[[Path], 
         stage = _sibling(target, f"{secrets.token_hex(4)}.new")
         stage.mkdir()
         try:
-            write(stage)
+            try:
+                write(stage)
+            except Exception as error:
+                _as_os_error(error)
+                raise
             if target.exists():
                 shutil.copymode(target, stage)
                 _keep_files(target, stage, owned)
@@ -101,23 +127,159 @@ def replace_files(target: Path, owned: Collection[str], write: Callable[[Path], 
                 if entry.name in owned:
                     _sync(entry)
             _sync(stage)
-            if not target.exists():
-                stage.rename(target)
-            elif not _exchange(stage, target):
-                aside = _sibling(target, f"{secrets.token_hex(4)}.old")
-                target.rename(aside)
-                try:
-                    stage.rename(target)
-                except BaseException:
-                    aside.rename(target)
-                    raise
-                stage = aside
         except BaseException:
             _discard(stage, target, owned)
             raise
+        _swap_in(stage, target, owned)
+
+
+def _swap_in(stage: Path, target: Path, owned: Collection[str]) -> None:
+    """Gives a finished generation its name; puts the old one back if anything fails."""
+    old: Path | None = None
+    try:
+        if not target.exists():
+            stage.rename(target)
+        else:
+            old = exchange(stage, target)
+            _hand_over(old, target, owned)
         _sync(target.parent)
-        if stage.exists():
-            _discard(stage, target, owned)
+    except BaseException:
+        if old is not None:
+            stage = exchange(old, target)
+        elif not stage.exists() and target.exists():
+            target.rename(stage)
+        _discard(stage, target, owned)
+        raise
+    if old is not None:
+        # It is no longer anybody's: what cannot be deleted now, the next writer deletes.
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange(stage: Path, target: Path) -> Path:
+    """Puts a directory in the place of another.
+
+    Returns:
+        Where the other one is now.
+
+    Raises:
+        OSError: It failed; both are where they were.
+    """
+    if _exchange(stage, target):
+        return stage
+    aside = _sibling(target, f"{secrets.token_hex(4)}.old")
+    target.rename(aside)
+    try:
+        stage.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    return aside
+
+
+def _as_os_error(error: Exception) -> None:
+    """Raises what safetensors says of a full or broken disk as the ``OSError`` that it is."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, SafetensorError):
+        found = re.search(r"code: (\d+)", str(error))
+        if found is None:
+            raise OSError(str(error)) from error
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+
+
+def replace_file(target: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Replaces one file, durably: whoever opens it reads the old one or the new one.
+
+    Args:
+        target: The file; its directory exists.
+        write: Called with a binary stream.
+
+    Raises:
+        Whatever ``write`` raises; ``target`` is as it was then.
+    """
+    target = Path(os.path.realpath(target))
+    for left in leftovers(target):
+        if left.is_file() and _abandoned(left):
+            left.unlink(missing_ok=True)
+    stream = _own_part(target)
+    part = Path(stream.name)
+    old = target.exists()
+    placed = swapped = False
+    try:
+        with stream:
+            write(stream)
+            stream.flush()
+            if old:
+                shutil.copymode(target, part)
+            os.fsync(stream.fileno())
+        # The old one is kept under the other name until the new one is on disk.
+        swapped = old and _exchange(part, target)
+        if not swapped:
+            os.replace(part, target)
+        placed = True
+        _sync(target.parent)
+    except BaseException:
+        if swapped:
+            _exchange(part, target)
+        elif placed and not old:
+            target.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+        raise
+    part.unlink(missing_ok=True)
+
+
+def replace_text(target: Path, text: str) -> None:
+    """Replaces one file by a text in UTF-8, line ends as they are; see :func:`replace_file`."""
+    data = text.encode("utf-8")
+
+    def write(stream: BinaryIO) -> None:
+        stream.write(data)
+
+    replace_file(target, write)
+
+
+def _own_part(target: Path) -> BinaryIO:
+    """A new file beside the target, with the lock by which others see that it is in use."""
+    while True:
+        part = _sibling(target, f"{secrets.token_hex(4)}.part")
+        stream = part.open("xb")
+        # Before it was locked another writer may have taken it for abandoned.
+        if _lock(stream) and part.exists():
+            return stream
+        stream.close()
+        part.unlink(missing_ok=True)
+
+
+def _lock(stream: BinaryIO) -> bool:
+    """Whether nobody else holds the file; it is ours until it is closed then."""
+    if sys.platform == "win32":
+        return True  # an open file cannot be deleted there
+    import fcntl
+
+    try:
+        fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some network file systems have no locks: then nothing is taken for abandoned.
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
+
+
+def _abandoned(part: Path) -> bool:
+    """Whether the process that wrote it is gone."""
+    if sys.platform == "win32":
+        try:
+            part.unlink(missing_ok=True)
+        except OSError:
+            return False
+        return True
+    import fcntl
+
+    try:
+        with part.open("rb") as stream:
+            fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def recover(target: Path, owned: Collection[str]) -> None:
@@ -127,27 +289,83 @@ def recover(target: Path, owned: Collection[str]) -> None:
     ours to where it belongs, and deletes the rest.
     """
     target = Path(os.path.realpath(target))
-    for left in _leftovers(target):
+    for left in leftovers(target):
+        if left.suffix == ".part":
+            continue  # of a single file
         if left.suffix == ".old" and not target.exists():
             left.rename(target)
         else:
             _discard(left, target, owned)
 
 
-def _leftovers(target: Path) -> list[Path]:
-    """Temporary directories of this path, old generations first."""
+def leftovers(target: Path) -> list[Path]:
+    """What writers of this path have beside it, or have left there: old generations first."""
+    target = Path(os.path.realpath(target))
     # By the whole name: those of the path "a.b" begin like those of "a".
-    ours = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.(old|new)")
+    ours = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.(old|new|part)")
     if not target.parent.is_dir():
         return []
-    found = (e for e in target.parent.iterdir() if ours.fullmatch(e.name) and e.is_dir())
+    found = (
+        e
+        for e in target.parent.iterdir()
+        if ours.fullmatch(e.name) and e.is_dir() == (e.suffix != ".part")
+    )
     return sorted(found, key=lambda e: (e.suffix != ".old", e.name))
 
 
 def interrupted(target: Path) -> bool:
     """Whether a writer died between the two renames, so that only ``.old`` is there."""
     target = Path(os.path.realpath(target))
-    return not target.exists() and any(e.suffix == ".old" for e in _leftovers(target))
+    return not target.exists() and any(e.suffix == ".old" for e in leftovers(target))
+
+
+def read_one_generation(folder: Path, names: Collection[str], read: Callable[[], _T]) -> _T:
+    """What ``read`` makes of files of a directory that somebody may be replacing meanwhile.
+
+    It is called again where the files became others while it read, and a few times at most.
+
+    Args:
+        folder: The directory.
+        names: The files of a generation.
+        read: Must open whatever it needs before it returns.
+
+    Raises:
+        LorasmithError: What ``read`` raised of files that stayed the same; or they change faster
+            than they can be read.
+    """
+    failure: LorasmithError | None = None
+    for _ in range(_TRIES):
+        before = _identities(folder, names)
+        try:
+            found = read()
+        except LorasmithError as error:
+            failure = error
+        else:
+            if _identities(folder, names) == before:
+                return found
+            failure = None
+        # Where nothing has changed yet, the exchange may be under way on a system that needs two
+        # renames for it.
+        time.sleep(_PAUSE)
+        if failure is not None and _identities(folder, names) == before:
+            raise failure
+    raise failure or AdapterFileError(
+        "The files change faster than they can be read.",
+        file=folder,
+        fix="wait until whoever writes them has finished",
+    )
+
+
+def _identities(folder: Path, names: Collection[str]) -> list[tuple[int, ...] | None]:
+    found: list[tuple[int, ...] | None] = []
+    for name in sorted(names):
+        try:
+            state = (folder / name).stat()
+        except OSError:
+            found.append(None)
+        else:
+            found.append((state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns))
+    return found
 
 
 def _keep_files(old: Path, new: Path, owned: Collection[str]) -> None:
@@ -163,11 +381,16 @@ def _keep_files(old: Path, new: Path, owned: Collection[str]) -> None:
 
 def _discard(stale: Path, target: Path, owned: Collection[str]) -> None:
     """Deletes a stale generation, after moving what is not ours into the current one."""
-    if target.is_dir():
+    _hand_over(stale, target, owned)
+    shutil.rmtree(stale, ignore_errors=True)
+
+
+def _hand_over(stale: Path, target: Path, owned: Collection[str]) -> None:
+    """Moves what is not ours, and not there, into the current generation."""
+    if target.is_dir() and stale.is_dir():
         for entry in stale.iterdir():
             if entry.name not in owned and not os.path.lexists(target / entry.name):
                 entry.rename(target / entry.name)
-    shutil.rmtree(stale, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

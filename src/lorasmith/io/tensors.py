@@ -162,6 +162,11 @@ class FileTensors(TensorSource):
         except (SafetensorError, OSError) as error:
             raise _unreadable(self.path, str(error)[:300], type(error).__name__) from error
 
+    @property
+    def headers(self) -> Mapping[str, tuple[tuple[int, ...], str]]:
+        """Key → (shape, dtype as the file says it), in the order of the keys."""
+        return self._headers
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor."""
         return self._headers[key][0]

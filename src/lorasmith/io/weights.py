@@ -11,6 +11,7 @@ import math
 import os
 import re
 import warnings
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -176,23 +177,37 @@ class AdapterWeights:
         self.path = path
         self._variant = variant_of(config)
         self._file_config = self._variant.file_config(config, self.frozen)
-        keys, rest = _arrange(self._variant, self._file_config, tensors)
-        self._keys = keys
         # No model at hand: PEFT has one flag for all layers.
         transposed = bool(peft_fields.get("fan_in_fan_out"))
-        #: (d_in, d_out) of layers whose tensors do not tell, so that our own file must.
-        self._sizes: dict[str, tuple[int, int]] = {}
-        self._infos = {
-            name: self._describe(
-                name, transposed if conv1d is None else name in conv1d, (sizes or {}).get(name)
-            )
-            for name in keys
-        }
         self._shared_values: dict[str, Tensor] | None = None
         self._blank_shared: dict[str, Tensor] | None = None
-        self._check_shared_keys()
-        self.check_shared(list(self._infos.values()))
-        self._factor_keys = self._keys_of_factors()
+        #: (d_in, d_out) of layers whose tensors do not tell, so that our own file must.
+        self._sizes: dict[str, tuple[int, int]] = {}
+        same = None
+        if isinstance(tensors, FileTensors):
+            given = (
+                transposed,
+                None if conv1d is None else tuple(sorted(conv1d)),
+                dict(sizes or {}),
+            )
+            same = _Layout(self._variant, self._file_config, tensors.headers, given)
+        known = None if same is None else _layouts.find(same)
+        if known is None:
+            self._keys, rest = _arrange(self._variant, self._file_config, tensors)
+            self._infos = {
+                name: self._describe(
+                    name, transposed if conv1d is None else name in conv1d, (sizes or {}).get(name)
+                )
+                for name in self._keys
+            }
+            self._check_shared_keys()
+            self.check_shared(list(self._infos.values()))
+            self._factor_keys = self._keys_of_factors()
+            if same is not None:
+                same.found = self._keys, rest, self._infos, self._sizes, self._factor_keys
+                _layouts.keep(same)
+        else:
+            self._keys, rest, self._infos, self._sizes, self._factor_keys = known
         self._saved = _saved_tensors(rest, self.peft)
         missing = [p for p in self.padding if p not in self._saved]
         if missing:
@@ -847,6 +862,57 @@ class AdapterWeights:
             f"{self.num_parameters:,} parameters"
             + (f", {os.fspath(self.path)!r})" if self.path is not None else ")")
         )
+
+
+@dataclass
+class _Layout:
+    """What the checks of names, shapes and dtypes depend on, and what they have found.
+
+    Adapters of a fleet are mostly alike in all of it, and checking layer by layer takes longer
+    than reading them.
+    """
+
+    variant: Variant
+    config: AdapterConfig
+    headers: Mapping[str, tuple[tuple[int, ...], str]]
+    given: tuple[bool, tuple[str, ...] | None, dict[str, tuple[int, int]]]
+    found: (
+        tuple[
+            dict[str, dict[str, str]],
+            list[str],
+            dict[str, LayerInfo],
+            dict[str, tuple[int, int]],
+            set[str],
+        ]
+        | None
+    ) = None
+
+
+class _Layouts:
+    """The last few layouts that were found to be right."""
+
+    def __init__(self, most: int = 4) -> None:
+        self._kept: deque[_Layout] = deque(maxlen=most)
+
+    def find(self, wanted: _Layout) -> Any:
+        """What was found for the same layout, or ``None``."""
+        for one in tuple(self._kept):
+            if (
+                one.variant is wanted.variant
+                and one.headers == wanted.headers
+                and one.given == wanted.given
+                and type(one.config) is type(wanted.config)
+                and one.config == wanted.config
+            ):
+                return one.found
+        return None
+
+    def keep(self, layout: _Layout) -> None:
+        """Remembers one in the place of the oldest."""
+        self._kept.append(layout)
+
+
+_layouts = _Layouts()
 
 
 def translate(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.errors import TrainingError
+from lorasmith.io.atomic import exchange, replace_text
 from lorasmith.redaction import redact_all
 
 __all__ = [
@@ -48,7 +49,11 @@ REQUIRED = (
 )
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_PARTIAL = re.compile(r"\.checkpoint-\d+\.partial")
+#: What is written before it is published, and what writers of either leave when they are killed.
+_PARTIAL = re.compile(
+    r"\.checkpoint-\d+\.partial"
+    r"|\.{1,2}checkpoint-\d+(\.partial)?\.([0-9a-f]{8}\.(new|old)|lock)"
+)
 
 
 def step_of(path: Path) -> int | None:
@@ -74,8 +79,12 @@ def remove_partial(output: Path) -> None:
     """Removes what runs that were killed while writing have left."""
     if output.is_dir():
         for path in output.iterdir():
-            if _PARTIAL.fullmatch(path.name):
+            if not _PARTIAL.fullmatch(path.name):
+                continue
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def publish(partial: Path, target: Path) -> None:
@@ -94,10 +103,20 @@ def publish(partial: Path, target: Path) -> None:
     for path in files:
         _sync(path)
     _sync(partial)
+    old = None
     if target.exists():
-        shutil.rmtree(target)
-    os.replace(partial, target)
-    _sync(target.parent)
+        # Never without either: a process killed here leaves one of the two whole.
+        old = exchange(partial, target)
+    else:
+        os.replace(partial, target)
+    try:
+        _sync(target.parent)
+    except BaseException:
+        if old is not None:
+            exchange(old, target)
+        raise
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:
@@ -120,16 +139,8 @@ def _sync(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON durably: readers see the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(redact_all(value), file, indent=1, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(redact_all(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_text(path, text)
 
 
 def defect(path: Path, *, processes: int = 1) -> str | None:

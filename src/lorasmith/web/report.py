@@ -11,13 +11,11 @@ of a model or a data set cannot do anything but be shown.
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import json
 import math
 import os
 import re
-import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from lorasmith.errors import ConfigError, LorasmithError, MissingDependencyError
+from lorasmith.io.atomic import replace_text
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -349,7 +348,7 @@ def write_report(
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(target, html.encode("utf-8"))
+        replace_text(target, html)
     except OSError as error:
         raise LorasmithError(
             "the report cannot be written",
@@ -359,24 +358,6 @@ def write_report(
             file=target,
         ) from error
     return target
-
-
-def _write_atomically(target: Path, content: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files that only their owner can read; a report is to be shared.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
 
 
 # Rendering -------------------------------------------------------------------------------
