@@ -155,8 +155,8 @@ def _apart(layer: Layer) -> tuple[Tensor, Tensor]:
     values = layer.right.unpack()
     left[own] = layer.left.unpack()  # full cores have no rows there
     right[own] = values[torch.repeat_interleave(factored, many)]
-    if bool(full.any()):
-        cores = values[torch.repeat_interleave(full, many)].view(-1, Ru, Rd)
+    if most and bool(full.any()):
+        cores = values[torch.repeat_interleave(full, many)].view(int(full.sum()), Ru, Rd)
         P, S, Q = torch.linalg.svd(cores.to(torch.float64), full_matrices=False)
         root = S.sqrt().unsqueeze(-1)
         size = S.shape[1]

@@ -357,15 +357,15 @@ def read_one_generation(folder: Path, names: Collection[str], read: Callable[[],
 
 
 def _identities(folder: Path, names: Collection[str]) -> list[tuple[int, ...] | None]:
-    found: list[tuple[int, ...] | None] = []
-    for name in sorted(names):
-        try:
-            state = (folder / name).stat()
-        except OSError:
-            found.append(None)
-        else:
-            found.append((state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns))
-    return found
+    return [_identity(folder / name) for name in sorted(names)]
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _keep_files(old: Path, new: Path, owned: Collection[str]) -> None:

@@ -6,6 +6,11 @@ adapter's two or three files are copied into a temporary directory of this proce
 copy serves again while the file system says the same of the files (size, time, ETag).
 ``hf://owner/name[@revision][/folder]`` goes through the hub's own cache. :func:`fetch` does the
 same for directories of other files.
+
+A store replaces single files, not directories. What is copied is therefore compared with the
+SHA-256 in its record (``lorasmith.json``, ``subspace.json``). While somebody pushes a new
+generation (:mod:`lorasmith.io.push`), the files of the one that the record names are also in
+``.lorasmith/<sha256>-<name>``, and are taken from there.
 """
 
 from __future__ import annotations
@@ -15,7 +20,9 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,16 +30,45 @@ from typing import Any
 from lorasmith.errors import AdapterFileError, MissingDependencyError
 from lorasmith.io import peft
 from lorasmith.io.atomic import interrupted, locked, recover
+from lorasmith.io.strict import read_object
+from lorasmith.io.tensors import sha256_of
 from lorasmith.io.weights import OWN, OWNED, as_path
 
-__all__ = ["adapters_below", "fetch", "is_url", "locate"]
+__all__ = [
+    "FLEET",
+    "FLEET_FILES",
+    "HF",
+    "HUB_ID",
+    "RECORDS",
+    "STAGING",
+    "adapters_below",
+    "copied",
+    "failures",
+    "fetch",
+    "file_system",
+    "is_url",
+    "listed",
+    "locate",
+]
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(?:://|::)")
-_HF = re.compile(
+HF = re.compile(
     r"hf://(?:models/)?(?P<id>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<folder>.+?))?/*"
 )
 _FILES = (peft.CONFIG, peft.WEIGHTS, OWN)
+
+#: The manifest of a compressed fleet, and all files of one.
+FLEET = "subspace.json"
+FLEET_FILES = (FLEET, "basis.safetensors", "codes.safetensors", "rest.safetensors")
+#: File that says which others are of its generation → the field that lists them.
+RECORDS = {OWN: "manifest", FLEET: "files"}
+#: Directory of a store for files on their way in and out; ``<sha256>-<name>``.
+STAGING = ".lorasmith"
+_SHA = re.compile(r"[0-9a-f]{64}")
+#: Times that files are copied again while somebody is replacing them, and seconds between.
+_TRIES = 5
+_PAUSE = 0.2
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
@@ -72,7 +108,7 @@ def _locate(path: str | os.PathLike[str], folder: Path) -> Path:
             ) from error
     if not folder.exists():
         text = os.fspath(path)
-        if isinstance(path, str) and _HUB_ID.fullmatch(text):
+        if isinstance(path, str) and HUB_ID.fullmatch(text):
             folder = _download(text)
         else:
             raise AdapterFileError(
@@ -122,19 +158,19 @@ def fetch(path: str | os.PathLike[str], names: Sequence[str]) -> Path | None:
         MissingDependencyError: If a package for it is missing.
     """
     if isinstance(path, str) and is_url(path):
-        if (named := _HF.fullmatch(path)) is not None:
+        if (named := HF.fullmatch(path)) is not None:
             folder = _download(named["id"], named["revision"], named["folder"], names)
             folder = folder / named["folder"] if named["folder"] else folder
         elif path.startswith(("file://", "local://")):
             folder = Path(_local(path))
         else:
-            files, root = _file_system(path)
+            files, root = file_system(path)
             return (
                 _fetch(files, root, path, names) if _is_file(files, f"{root}/{names[0]}") else None
             )
     else:
         folder = as_path(path).expanduser()
-        if not folder.exists() and isinstance(path, str) and _HUB_ID.fullmatch(path):
+        if not folder.exists() and isinstance(path, str) and HUB_ID.fullmatch(path):
             folder = _download(path, names=names)
     return folder if (folder / names[0]).is_file() else None
 
@@ -159,10 +195,10 @@ def adapters_below(path: str | os.PathLike[str]) -> list[str] | None:
         MissingDependencyError: If a package for the URL's protocol is missing.
     """
     if isinstance(path, str) and is_url(path):
-        if _HF.fullmatch(path):
+        if HF.fullmatch(path):
             return None
         if not path.startswith(("file://", "local://")):
-            files, root = _file_system(path)
+            files, root = file_system(path)
             return (
                 None
                 if _is_file(files, f"{root}/{peft.CONFIG}")
@@ -180,18 +216,18 @@ def adapters_below(path: str | os.PathLike[str]) -> list[str] | None:
 
 def _local(url: str) -> str:
     """The path that a URL of this machine's files names."""
-    return _file_system(url)[1]
+    return file_system(url)[1]
 
 
 def _locate_url(url: str) -> Path:
-    named = _HF.fullmatch(url)
+    named = HF.fullmatch(url)
     if named is not None:
         folder = named["folder"]
         snapshot = _download(named["id"], named["revision"], folder)
         return _locate(url, snapshot / folder if folder else snapshot)
     if url.startswith(("file://", "local://")):
         return locate(_local(url))
-    files, root = _file_system(url)
+    files, root = file_system(url)
     if not _is_file(files, f"{root}/{peft.CONFIG}"):
         below = _below(files, root, url)
         if len(below) != 1:
@@ -208,8 +244,13 @@ def _locate_url(url: str) -> Path:
     return _fetch(files, root, url)
 
 
-def _file_system(url: str) -> tuple[Any, str]:
-    """(file system, path in it without a slash at its end) of a URL."""
+def file_system(url: str) -> tuple[Any, str]:
+    """(file system, path in it without a slash at its end) of a URL.
+
+    Raises:
+        AdapterFileError: If fsspec does not know it.
+        MissingDependencyError: If fsspec, or a package for the protocol, is missing.
+    """
     try:
         from fsspec.core import url_to_fs
     except ImportError as error:
@@ -221,7 +262,8 @@ def _file_system(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise MissingDependencyError(
             f"Reading {url!r} needs a package that is not installed: {error}",
-            fix="install the package for that protocol (s3fs, gcsfs, adlfs, …)",
+            fix='install the package for that protocol: "lorasmith[s3]" for s3://, gcsfs for gs://, '
+            "adlfs for abfs://, …",
         ) from error
     except (ValueError, OSError) as error:
         raise AdapterFileError(f"The URL cannot be read: {error}", file=url) from error
@@ -233,7 +275,7 @@ def _file_system(url: str) -> tuple[Any, str]:
 def _is_file(files: Any, path: str) -> bool:
     try:
         return bool(files.isfile(path))
-    except (OSError, ValueError) as error:
+    except failures() as error:
         raise AdapterFileError(f"The URL cannot be read: {error}.", file=path) from error
 
 
@@ -243,35 +285,162 @@ def _below(files: Any, root: str, url: str) -> list[str]:
         entries = files.ls(root, detail=True)
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, NotImplementedError) as error:
+    except failures() as error:
         raise AdapterFileError(f"The URL cannot be read: {error}.", file=url) from error
     folders = sorted(str(e["name"]).rstrip("/") for e in entries if e.get("type") == "directory")
     return [f for f in folders if _is_file(files, f"{f}/{peft.CONFIG}")]
 
 
 def _fetch(files: Any, root: str, url: str, names: Sequence[str] = _FILES) -> Path:
-    """A local copy of files of these names, as many as there are."""
+    """A local copy of files of these names, as many as there are, of one generation."""
     try:
-        present = {n: files.info(f"{root}/{n}") for n in names if _is_file(files, f"{root}/{n}")}
-        identity = repr((files.to_json(), root, sorted((n, str(i)) for n, i in present.items())))
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
-        folder = _Copies.root() / digest / (root.rsplit("/", 1)[-1] or "adapter")
-        if folder.is_dir():
-            return folder
-        # Whole or not at all: what was cut off is not taken for a copy the next time.
-        partial = Path(tempfile.mkdtemp(dir=_Copies.root()))
-        for name in present:
-            files.get_file(f"{root}/{name}", os.fspath(partial / name))
+        for left in reversed(range(_TRIES)):
+            found = _copy(files, root, names, last=left == 0)
+            if found is not None:
+                return found
+            time.sleep(_PAUSE)
+            files.invalidate_cache()
+    except failures() as error:
+        raise AdapterFileError(f"The URL cannot be read: {error}.", file=url) from error
+    raise AdapterFileError(
+        "Somebody is pushing other files to this place, or began to and was interrupted.",
+        file=url,
+        expected="files with the SHA-256 that their record names",
+        got="others",
+        fix="wait until the upload is done, or push it again with overwrite",
+    )
+
+
+def _copy(files: Any, root: str, names: Sequence[str], *, last: bool) -> Path | None:
+    """A copy, or ``None`` where the files change or are not of one generation."""
+    present = _present(files, root, names)
+    identity = repr((files.to_json(), root, sorted(present.items())))
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
+    folder = _Copies.root() / digest / (root.rsplit("/", 1)[-1] or "adapter")
+    if folder.is_dir():
+        return folder
+    # Whole or not at all: what was cut off is not taken for a copy the next time.
+    partial = Path(tempfile.mkdtemp(dir=_Copies.root()))
+    try:
+        try:
+            # The record first: what is replaced after it is noticed.
+            for name in sorted(present, key=lambda name: name not in RECORDS):
+                files.get_file(f"{root}/{name}", os.fspath(partial / name))
+            wrong = _exchange_others(files, root, partial, names)
+        except FileNotFoundError:
+            if last:
+                raise
+            return None
+        files.invalidate_cache()
+        if _present(files, root, names) != present:
+            return None
+        # Without files on their way it is for the reader to say what does not fit.
+        if wrong and _has_staging(files, root):
+            return None
         folder.parent.mkdir(exist_ok=True)
         try:
             partial.rename(folder)
         except OSError:
             if not folder.is_dir():  # else another thread was faster
                 raise
-            shutil.rmtree(partial, ignore_errors=True)
-    except (OSError, ValueError) as error:
-        raise AdapterFileError(f"The URL cannot be read: {error}.", file=url) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _present(files: Any, root: str, names: Sequence[str]) -> dict[str, str]:
+    """Name → all that the store says of a file, of those that are there."""
+    return {n: str(files.info(f"{root}/{n}")) for n in names if files.isfile(f"{root}/{n}")}
+
+
+def _exchange_others(files: Any, root: str, folder: Path, names: Sequence[str]) -> list[str]:
+    """Puts what the record names in the place of files of another generation.
+
+    Returns:
+        Names of files that are others than the record names, and nowhere else either.
+    """
+    wrong = []
+    for name, sha in _named(folder).items():
+        file = folder / name
+        if name not in names or (file.is_file() and sha256_of(file) == sha):
+            continue
+        kept = f"{root}/{STAGING}/{sha}-{name}"
+        spare = folder / f"{name}.other"
+        if files.isfile(kept):
+            files.get_file(kept, os.fspath(spare))
+        if spare.is_file() and sha256_of(spare) == sha:
+            os.replace(spare, file)
+        else:
+            spare.unlink(missing_ok=True)
+            wrong.append(name)
+    return wrong
+
+
+def _named(folder: Path) -> dict[str, str]:
+    """Name → SHA-256 of the files that a record names, as far as it can be understood."""
+    found: dict[str, str] = {}
+    for record, key in RECORDS.items():
+        file = folder / record
+        try:
+            size = file.stat().st_size
+            entries = read_object(file, limit=2**30, values=200_000 + size // 4).get(key)
+        except (OSError, AdapterFileError):
+            continue  # the reader says what is wrong with it
+        for name, entry in entries.items() if isinstance(entries, dict) else ():
+            sha = entry.get("sha256") if isinstance(entry, dict) else None
+            if isinstance(sha, str) and _SHA.fullmatch(sha):
+                found[name] = sha
+    return found
+
+
+def _has_staging(files: Any, root: str) -> bool:
+    return bool(listed(files, f"{root}/{STAGING}"))
+
+
+def listed(files: Any, root: str) -> dict[str, dict[str, Any]]:
+    """Name → entry, of what is in a directory of a store; empty where there is none."""
+    try:
+        entries = files.ls(root, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except NotImplementedError:  # https:// cannot always list
+        return {}
+    # Some stores list the directory itself, as an empty object of that name.
+    return {
+        str(e["name"]).rstrip("/").rsplit("/", 1)[-1]: e
+        for e in entries
+        if str(e["name"]).strip("/") != root.strip("/")
+    }
+
+
+def copied(files: Any, root: str, url: str, names: Sequence[str]) -> Path:
+    """A local copy of the files of these names in a store, of one generation; to be read only.
+
+    Raises:
+        AdapterFileError: If they cannot be read, or change all the time.
+    """
+    return _fetch(files, root, url, names)
+
+
+def failures() -> tuple[type[BaseException], ...]:
+    """What a file system raises where it cannot be read or written.
+
+    Of libraries that do not use Python's own classes, as far as they have been imported.
+    """
+    found: list[type[BaseException]] = [OSError, ValueError, NotImplementedError]
+    for module, name in (
+        ("botocore.exceptions", "BotoCoreError"),
+        ("botocore.exceptions", "ClientError"),
+        ("aiohttp", "ClientError"),
+        ("fsspec.exceptions", "FSTimeoutError"),
+        ("google.auth.exceptions", "GoogleAuthError"),
+        ("gcsfs.retry", "HttpError"),
+        ("azure.core.exceptions", "AzureError"),
+    ):
+        kind = getattr(sys.modules.get(module), name, None)
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            found.append(kind)
+    return tuple(found)
 
 
 class _Copies:
