@@ -344,7 +344,10 @@ def plain(run: Run, folders: Folders) -> Record:
                 total += bytes_A + bytes_B
                 gone += float(distance(rows_A, rows_B, A, B))
                 energy += float(distance(rows_A, rows_B, A[:0], B[:0]))
-                made[module] = LayerFactors(A, B.mT)
+                # A layer of which nothing is held costs nothing; an adapter has a rank of 1 there.
+                none = torch.zeros(1, A.shape[1]), torch.zeros(1, B.shape[1])
+                own_A, own_B = (A, B) if len(A) else none
+                made[module] = LayerFactors(own_A, own_B.mT)
             total += sum(t.numel() * t.element_size() for t in member.rest.values())
             errors[member.id] = gone / energy
             if member.id in run.judged:
