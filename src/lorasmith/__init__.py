@@ -53,6 +53,7 @@ _EXPORTS = {
     "MergeReport": "lorasmith.fleet.merge",
     "Merged": "lorasmith.fleet.merge",
     "OrthogonalityPenalty": "lorasmith.dynamics.orthogonality",
+    "Pushed": "lorasmith.io.push",
     "RoAdConfig": "lorasmith.adapters",
     "RotationBudget": "lorasmith.dynamics.rotation_budget",
     "RotationReport": "lorasmith.diagnostics.records",
@@ -78,6 +79,8 @@ _EXPORTS = {
     "merge": "lorasmith.fleet.merge",
     "param_groups": "lorasmith.core.optim",
     "project_gauge_": "lorasmith.dynamics.gauge",
+    "push": "lorasmith.io.push",
+    "push_to_hub": "lorasmith.io.push",
     "read_adapter": "lorasmith.io",
     "register": "lorasmith.core.registry",
     "register_dynamic": "lorasmith.dynamics.registry",
@@ -158,6 +161,9 @@ if TYPE_CHECKING:
     from lorasmith.io import save as save
     from lorasmith.io.convert import Conversion as Conversion
     from lorasmith.io.convert import convert as convert
+    from lorasmith.io.push import Pushed as Pushed
+    from lorasmith.io.push import push as push
+    from lorasmith.io.push import push_to_hub as push_to_hub
     from lorasmith.training.retention import retention as retention
 
 __all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604

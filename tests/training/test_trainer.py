@@ -365,7 +365,7 @@ def test_other_rows_cannot_be_resumed(run: Run, tmp_path: Path) -> None:
 def test_other_options_are_told(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     run("out", save_steps=3, steps=3)
     with caplog.at_level(logging.WARNING, "lorasmith"):
-        run("out", save_steps=3, steps=5, resume="last")
+        run("out", save_steps=3, steps=5, resume="last", changed="accept")
     assert "steps 3 → 5" in caplog.text
 
 
@@ -529,6 +529,7 @@ def test_a_signal_writes_a_checkpoint_to_resume_from(
         schedule="constant",
         steps=result["steps"] + 2,
         resume="last",
+        changed="accept",
     )
     assert resumed.steps == result["steps"] + 2
     assert _losses(resumed)[: result["steps"]] == [p["loss"] for p in result["losses"]]

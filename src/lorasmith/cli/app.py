@@ -199,6 +199,10 @@ COMMANDS = {
         "lorasmith.cli.export:export",
         "Write an adapter for llama.cpp, Ollama, vLLM, SGLang, TGI or PEFT.",
     ),
+    "push": (
+        "lorasmith.cli.push:push",
+        "Upload an adapter or a fleet to a store (s3://, gs://, …) or to the hub.",
+    ),
     "merge": (
         "lorasmith.cli.merge:merge",
         "Merge adapters of one base model into one plain LoRA, and say what it costs.",

@@ -45,6 +45,9 @@ class BaseModel:
     allow_base_mismatch: Annotated[bool, Parameter(group=_GROUP)] = False
     """Use the adapter even if it was made for other base weights."""
 
+    allow_tokenizer_mismatch: Annotated[bool, Parameter(group=_GROUP)] = False
+    """Use the adapter even if it was trained with another tokenizer."""
+
     def load(self, model: str) -> tuple[Any, Any]:
         """The base model, with the adapter on it if there is one, and its tokenizer."""
         from lorasmith.training.models import load_model
@@ -59,7 +62,16 @@ class BaseModel:
         )
         if self.adapter is not None:
             import lorasmith as ls
+            from lorasmith.io.tokenizers import check_tokenizer
 
+            check_tokenizer(
+                ls.read_adapter(self.adapter).base.tokenizer,
+                tokenizer,
+                allow=self.allow_tokenizer_mismatch,
+                file=self.adapter,
+                fix="use the tokenizer that it was trained with, or give "
+                "--allow-tokenizer-mismatch",
+            )
             ls.load(
                 base,
                 self.adapter,

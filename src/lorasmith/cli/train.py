@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
-from lorasmith.cli.output import Common, CommonOptions, emit, grid, number, session
+from lorasmith.cli.output import Common, CommonOptions, emit, grid, number, session, stderr
 from lorasmith.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -46,6 +46,12 @@ def train(
             result = run(options, progress=not common.quiet)
         except TrainingInterrupted as stop:
             result, code = stop.result, stop.code
+            stderr().print(
+                f"Stopped after step {result.steps:,}; its checkpoint is {result.checkpoint}. The "
+                "same command with --resume last goes on from there.",
+                markup=False,
+                soft_wrap=True,
+            )
         emit(common, result.to_dict(), lambda console: show_result(result, console))
     return code
 

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from lorasmith.io.atomic import replace_text
+
 __all__ = ["MODES", "Mode", "StressRecord", "read_json", "write_csv", "write_json"]
 
 Mode = Literal["single", "multi", "mirror"]

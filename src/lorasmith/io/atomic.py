@@ -23,7 +23,6 @@ process has left from what a living one is writing.
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import errno
 import os
 import re
@@ -415,7 +414,7 @@ def _exchange(a: Path, b: Path) -> bool:
         name, arguments = "renamex_np", (os.fsencode(a), os.fsencode(b), _RENAME_SWAP)
     else:
         return False
-    function = getattr(ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True), name, None)
+    function = getattr(ctypes.CDLL(None, use_errno=True), name, None)
     if function is None:  # glibc before 2.28
         return False
     if function(*arguments) == 0:

@@ -14,6 +14,7 @@ import re
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from lorasmith.io.fingerprint import Fingerprint, fingerprint
 from lorasmith.io.hub import locate
 from lorasmith.io.strict import check_inside, parse_object, read_limited, read_object
 from lorasmith.io.tensors import FileTensors, identity, sha256_of
+from lorasmith.io.tokenizers import TokenizerRecord
 from lorasmith.io.weights import (
     FORMAT,
     OWN,
@@ -61,6 +63,7 @@ def save(
     *,
     name: str | None = None,
     beside: bool = False,
+    tokenizer: Any = None,
 ) -> Path:
     """Saves an adapter of a model as a directory that PEFT can load, too.
 
@@ -73,6 +76,8 @@ def save(
         path: The directory; made with its parents if it does not exist.
         name: Which adapter; the active or only one by default.
         beside: Whether a directory that holds other files and no adapter will do; they stay.
+        tokenizer: The tokenizer that it was trained with, if it is to be recorded (as two hashes,
+            see :mod:`lorasmith.io.tokenizers`).
 
     Returns:
         The directory.
@@ -92,6 +97,8 @@ def save(
             key="model",
         )
     weights = AdapterWeights.from_model(model, name)
+    if tokenizer is not None:
+        weights.base = replace(weights.base, tokenizer=TokenizerRecord.of(tokenizer))
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_rank():
         return Path(path)
@@ -300,13 +307,13 @@ def _base(fields: Mapping[str, Any], record: Mapping[str, Any] | None, file: Pat
     name = fields.get("base_model_name_or_path")
     values = None if record is None else record.get("base")
     stored = values.get("fingerprint") if isinstance(values, dict) else None
-    found = None
-    if stored is not None:
-        try:
-            found = Fingerprint.from_dict(stored)
-        except AdapterFileError as error:
-            raise in_file(error, file) from error
-    return BaseModel(name if isinstance(name, str) and name else None, found)
+    words = values.get("tokenizer") if isinstance(values, dict) else None
+    try:
+        found = None if stored is None else Fingerprint.from_dict(stored)
+        tokenizer = None if words is None else TokenizerRecord.from_dict(words)
+    except AdapterFileError as error:
+        raise in_file(error, file) from error
+    return BaseModel(name if isinstance(name, str) and name else None, found, tokenizer)
 
 
 def load(

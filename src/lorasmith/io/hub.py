@@ -23,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ __all__ = [
     "failures",
     "fetch",
     "file_system",
+    "hashes_in",
     "is_url",
     "listed",
     "locate",
@@ -262,8 +263,8 @@ def file_system(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise MissingDependencyError(
             f"Reading {url!r} needs a package that is not installed: {error}",
-            fix='install the package for that protocol: "lorasmith[s3]" for s3://, gcsfs for gs://, '
-            "adlfs for abfs://, …",
+            fix='install the package for that protocol (pip install "lorasmith[s3]" for s3://; '
+            "gcsfs, adlfs, …)",
         ) from error
     except (ValueError, OSError) as error:
         raise AdapterFileError(f"The URL cannot be read: {error}", file=url) from error
@@ -299,7 +300,6 @@ def _fetch(files: Any, root: str, url: str, names: Sequence[str] = _FILES) -> Pa
             if found is not None:
                 return found
             time.sleep(_PAUSE)
-            files.invalidate_cache()
     except failures() as error:
         raise AdapterFileError(f"The URL cannot be read: {error}.", file=url) from error
     raise AdapterFileError(
@@ -313,6 +313,8 @@ def _fetch(files: Any, root: str, url: str, names: Sequence[str] = _FILES) -> Pa
 
 def _copy(files: Any, root: str, names: Sequence[str], *, last: bool) -> Path | None:
     """A copy, or ``None`` where the files change or are not of one generation."""
+    # What a listing says of a file differs from what the store says when asked for it.
+    files.invalidate_cache()
     present = _present(files, root, names)
     identity = repr((files.to_json(), root, sorted(present.items())))
     digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
@@ -383,13 +385,21 @@ def _named(folder: Path) -> dict[str, str]:
         file = folder / record
         try:
             size = file.stat().st_size
-            entries = read_object(file, limit=2**30, values=200_000 + size // 4).get(key)
+            values = read_object(file, limit=2**30, values=200_000 + size // 4)
         except (OSError, AdapterFileError):
             continue  # the reader says what is wrong with it
-        for name, entry in entries.items() if isinstance(entries, dict) else ():
-            sha = entry.get("sha256") if isinstance(entry, dict) else None
-            if isinstance(sha, str) and _SHA.fullmatch(sha):
-                found[name] = sha
+        found |= hashes_in(values, key)
+    return found
+
+
+def hashes_in(record: Mapping[str, Any], key: str) -> dict[str, str]:
+    """Name → SHA-256 of the files that a record names; what is malformed is left out."""
+    entries = record.get(key)
+    found = {}
+    for name, entry in entries.items() if isinstance(entries, dict) else ():
+        sha = entry.get("sha256") if isinstance(entry, dict) else None
+        if isinstance(sha, str) and _SHA.fullmatch(sha):
+            found[name] = sha
     return found
 
 

@@ -166,9 +166,9 @@ def _looks_like_path(text: str) -> bool:
 
 def _unknown_model(text: str) -> ModelError:
     near = difflib.get_close_matches(text.lower(), ALIASES, n=1, cutoff=0.6)
-    why = "it is not cached and the hub is not reached"
+    why = f"it is not cached in {hub_cache()} and the hub is not reached"
     if _hub_offline():
-        why = "it is not cached and HF_HUB_OFFLINE is set"
+        why = f"it is not cached in {hub_cache()} and HF_HUB_OFFLINE is set"
     return ModelError(
         f"The model {text!r} cannot be found.",
         expected=f"an alias ({', '.join(sorted(ALIASES))}), a hub id or a local path",
@@ -227,6 +227,15 @@ def _resolve_alias(text: str, alias: Alias, revision: str | None) -> ResolvedMod
 def _hub_offline() -> bool:
     values = (os.environ.get(k, "") for k in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
     return any(v.strip().upper() in ("1", "ON", "YES", "TRUE") for v in values)
+
+
+def hub_cache() -> str:
+    """Where the hub's files are kept on this machine, in words for messages."""
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+    except ImportError:
+        return "any directory (huggingface_hub is not installed)"
+    return str(HF_HUB_CACHE)
 
 
 def _cached(repo: str, file: str, revision: str | None) -> Path | None:

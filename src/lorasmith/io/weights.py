@@ -39,6 +39,7 @@ from lorasmith.io import peft
 from lorasmith.io.atomic import replace_files
 from lorasmith.io.fingerprint import Fingerprint, fingerprint
 from lorasmith.io.tensors import FileTensors, MemoryTensors, TensorSource, sha256_of
+from lorasmith.io.tokenizers import TokenizerRecord
 from lorasmith.redaction import redact_all
 
 __all__ = [
@@ -74,10 +75,12 @@ class BaseModel:
     Attributes:
         name: Hub id or path that it was loaded from.
         fingerprint: Its identity; adapters written by PEFT have none.
+        tokenizer: Identity of the tokenizer that it was trained with, where training wrote it.
     """
 
     name: str | None = None
     fingerprint: Fingerprint | None = None
+    tokenizer: TokenizerRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -630,6 +633,11 @@ class AdapterWeights:
                 "fingerprint": None
                 if self.base.fingerprint is None
                 else self.base.fingerprint.to_dict(),
+                **(
+                    {}
+                    if self.base.tokenizer is None
+                    else {"tokenizer": self.base.tokenizer.to_dict()}
+                ),
             },
             "manifest": {
                 f.name: {"sha256": sha256_of(f), "size": f.stat().st_size}

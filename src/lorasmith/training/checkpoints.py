@@ -165,6 +165,9 @@ def defect(path: Path, *, processes: int = 1) -> str | None:
         return f"{MANIFEST} is missing, so it was not written to its end"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
+    for name in (*REQUIRED, *names):
+        if name not in expected:
+            return f"{MANIFEST} does not list {name}"
     for name, (size, digest) in expected.items():
         file = path / name
         if not file.is_file():

@@ -346,6 +346,10 @@ class TrainConfig:
     """no, last (the newest good checkpoint in OUTPUT), auto (the same if there is one), or the
     path of a checkpoint."""
 
+    changed: Literal["refuse", "accept"] = "refuse"
+    """What to do where a resumed run has other data, another base or other options than it began
+    with. Another adapter or other dynamics are refused always."""
+
     overwrite: bool = False
     """Replace what an earlier run left in OUTPUT."""
 
@@ -401,6 +405,7 @@ class TrainConfig:
         _check_number("weight_decay", self.weight_decay, at_least=0.0)
         _check_number("max_grad_norm", self.max_grad_norm, at_least=0.0)
         _check_number("eval_split", self.eval_split, at_least=0.0, below=1.0)
+        _check_choice("changed", self.changed, ("refuse", "accept"))
         _check_choice("packing", self.packing, ("auto", "on", "off"))
         _check_choice("schedule", self.schedule, ("linear", "cosine", "constant"))
         _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))

@@ -91,6 +91,8 @@ _READERS = {
 }
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _BATCH_ROWS = 1000
+#: Seconds that a hub gets to take a connection before only the cache is asked.
+_HUB_TIMEOUT = 2.0
 
 Message = dict[str, Any]
 
@@ -345,6 +347,8 @@ def _read_file(path: Path, cache: str | None) -> Dataset:
         )
     if path.stat().st_size == 0:
         raise DataError("The data file is empty.", expected="at least one row", file=path)
+    if reader != "parquet":
+        _check_text(path)
     options: dict[str, Any] = {}
     if reader == "csv":
         options = _csv_options(path)
@@ -370,6 +374,40 @@ def _read_file(path: Path, cache: str | None) -> Dataset:
     if reader == "json" and "timestamp" in str(rows.features.arrow_schema.types):
         rows = datasets.Dataset.from_list(_json_rows(path))
     return rows
+
+
+_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PK": "zip"}
+
+
+def _check_text(path: Path) -> None:
+    """Names the first line that is not UTF-8; readers name a byte at most, or replace it."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            wrong = _not_utf8(line)
+            if wrong is None:
+                continue
+            kind = next((k for mark, k in _MARKS.items() if line.startswith(mark)), None)
+            kind = kind if number == 1 else None
+            raise DataError(
+                f"Line {number} is not UTF-8.",
+                expected="text in UTF-8",
+                got=f"byte 0x{line[wrong]:02x} at place {wrong + 1} of the line"
+                + (f"; it looks like {kind}" if kind else ""),
+                fix="unpack it first"
+                if kind in ("gzip", "zip")
+                else f"save it as UTF-8, e.g. iconv -f {kind or 'LATIN1'} -t UTF-8",
+                file=path,
+                key=f"line {number}",
+            )
+
+
+def _not_utf8(line: bytes) -> int | None:
+    """Where bytes stop being UTF-8, or None if they are."""
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start
+    return None
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
@@ -470,19 +508,43 @@ def _read_directory(path: Path, split: str, cache: str | None) -> Dataset:
 
 
 def _read_hub(source: str, split: str, cache: str | None) -> Dataset:
+    from lorasmith.io.models import hub_reachable
+
     datasets = _datasets()
     name, _, config = source.partition(":")
+    reachable = hub_reachable(_HUB_TIMEOUT)
     try:
-        rows = datasets.load_dataset(name, config or None, cache_dir=cache)
+        with contextlib.nullcontext() if reachable else _kept_offline(datasets):
+            rows = datasets.load_dataset(name, config or None, cache_dir=cache)
     except Exception as error:
+        got = _first_line(error)
+        if not reachable:
+            got = (
+                f"it is not cached in {cache or datasets.config.HF_DATASETS_CACHE}, and the hub is "
+                "not reached (or HF_HUB_OFFLINE is set)"
+            )
         raise DataError(
             f"The data set {source!r} is neither a file here nor readable from the hub.",
             expected="a path, builtin:NAME, or a hub id OWNER/NAME[:CONFIG]",
-            got=_first_line(error),
+            got=got,
             fix="check the spelling, the configuration and the network; "
             "builtin:dates-en, builtin:numbers-es and their like are made offline",
+            key="data",
         ) from error
     return _choose_split(rows, split, source)
+
+
+@contextlib.contextmanager
+def _kept_offline(datasets: Any) -> Iterator[None]:
+    """Keeps ``datasets`` to its cache: asking a hub that does not answer takes it minutes."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def _choose_split(rows: Any, split: str, source: str) -> Dataset:
@@ -847,6 +909,7 @@ def tokenise_with_report(
         raise DataError(
             "No example with a supervised token is left.",
             expected="a completion that begins before max_length",
+            key="data",
             got=f"{counts.rows} rows, the longest example has {counts.longest} tokens",
             fix=f"raise max_length above {max_length}, or check that completions are not empty",
         )

@@ -12,6 +12,8 @@ done differently here, and why:
   and are checked before a run goes on from them (``training.checkpoints``).
 - A loss or gradient that is not finite stops the run before it reaches the adapter. (Trainer
   by default logs a NaN as 0.0 and goes on.)
+- An output that cannot be written, and files that will not fit, show before training
+  (``training.outputs``); other data, base, tokenizer or options on a resume are refused.
 - SIGTERM and Ctrl-C finish the step, write a checkpoint, and end the process with 143 or 130.
 - The evaluation loss is a mean over tokens. (Trainer's is a mean of batch means.)
 - Where rows have a task, every batch is of one task, the same on all devices, and losses are
@@ -52,12 +54,16 @@ from lorasmith.core.optim import check_lora_plus, param_groups
 from lorasmith.core.quantized import numel
 from lorasmith.core.registry import variant_of
 from lorasmith.errors import (
+    BaseMismatchError,
     ConfigError,
+    DataError,
     LorasmithError,
     MissingDependencyError,
     NonFiniteLossError,
     TrainingError,
 )
+from lorasmith.io.files import check_base, read_adapter
+from lorasmith.io.tokenizers import TokenizerRecord, check_tokenizer
 from lorasmith.redaction import redact_all
 from lorasmith.training import checkpoints
 from lorasmith.training.anchor import load_anchors
@@ -67,6 +73,7 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.data import (
     TASK,
     choose_task_column,
+    examples_of,
     first_rows,
     load_rows,
     split_rows,
@@ -81,6 +88,7 @@ from lorasmith.training.evaluate import (
 )
 from lorasmith.training.loss import LossOutput, model_loss_output
 from lorasmith.training.models import load_model, quiet, resolve_device, resolve_model
+from lorasmith.training.outputs import bytes_needed, check_space, check_writable
 from lorasmith.training.progress import bar
 
 try:
@@ -391,6 +399,8 @@ def _train(
 
     before = _Before(config, checkpoint)
     loaded = model is None
+    # Before the model, which may take minutes: what is wrong with the rows shows at once.
+    raw = _raw_rows(config)
     if model is None:
         model, tokenizer = load_model(
             config.model,
@@ -401,8 +411,10 @@ def _train(
             quantize=config.quantize,
         )
     with quiet(), contextlib.ExitStack() as failed, contextlib.ExitStack() as stack:
-        rows, eval_rows = _rows(config, tokenizer)
+        rows, eval_rows = _rows(config, tokenizer, *raw)
+        _check_tokens(model, tokenizer, rows, eval_rows)
         before.check_rows(rows)
+        before.check_base(model, tokenizer)
         if variant_of(adapter_config).weight_use(adapter_config) == "start":
             logger.info(
                 "The adapter starts from the base's weights: they are read layer by layer, "
@@ -427,6 +439,8 @@ def _train(
         if not loaded:
             # On failure a model that belongs to the caller must be as it was.
             failed.callback(_detach_new, model, there)
+        if _is_main():
+            _check_space(config, adapter)
         collate, packing = _collator(config, model, tokenizer)
         load_anchors(
             rules,
@@ -440,7 +454,18 @@ def _train(
         )
         stack.enter_context(_restored(model))
         trainer = _AdapterTrainer(
-            config, model, adapter, rules, rows, eval_rows, collate, packing, before, progress, task
+            config,
+            model,
+            adapter,
+            rules,
+            rows,
+            eval_rows,
+            collate,
+            packing,
+            before,
+            progress,
+            task,
+            TokenizerRecord.of(tokenizer),
         )
         stack.callback(trainer.close_dynamics)
         stack.enter_context(contiguous_head_input(model))
@@ -502,6 +527,18 @@ def _prepare_output(config: TrainConfig, checkpoint: Path | None) -> None:
         raise ConfigError("The output is a file.", expected="a directory", file=output)
     if not _is_main():
         return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            "The output cannot be written.",
+            expected="a directory that can be made and written",
+            got=error.strerror or error,
+            fix="check the path and its permissions, or choose another output",
+            file=output,
+            key="output",
+        ) from error
+    check_writable(output)
     checkpoints.remove_partial(output)
     if checkpoint is None:
         old = [*checkpoints.list_checkpoints(output)]
@@ -521,10 +558,6 @@ def _prepare_output(config: TrainConfig, checkpoint: Path | None) -> None:
                 shutil.rmtree(path)
             elif path.name == RESULT:
                 path.unlink()  # the adapter itself is replaced only by the new one
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError("The output cannot be written.", got=error, file=output) from error
 
 
 class _Before:
@@ -534,8 +567,11 @@ class _Before:
     _FREE = frozenset(
         {"output", "resume", "overwrite", "save_steps", "save_total_limit", "log_steps"}
         | {"report_to", "run_name", "device", "eval_batch_size", "trust_remote_code"}
-        | {"subspace_task", "subspace_save", "subspace_in_place"}
+        | {"subspace_task", "subspace_save", "subspace_in_place", "changed"}
     )
+
+    #: Options that say where to find what is compared by itself, the rows or the base.
+    _JUDGED = frozenset({"model", "revision", "data", "split", "limit"})
 
     def __init__(self, config: TrainConfig, checkpoint: Path | None) -> None:
         self.tokens = 0
@@ -544,8 +580,11 @@ class _Before:
         self.best: tuple[int, float] | None = None
         self.evaluations_since_best = 0
         self._rows: str | None = None
+        self._checkpoint: Path | None = None
+        self._accept = config.changed == "accept"
         if checkpoint is None:
             return
+        self._checkpoint = checkpoint
         state = json.loads((checkpoint / RUN_STATE).read_text(encoding="utf-8"))
         self.tokens = int(state["tokens"])
         self.seconds = float(state["seconds"])
@@ -554,7 +593,6 @@ class _Before:
             self.best = (int(state["best"][0]), float(state["best"][1]))
         self.evaluations_since_best = int(state["evaluations_since_best"])
         self._rows = str(state["rows"])
-        self._checkpoint = checkpoint
         # Written without secrets.
         self._compare(state["config"], redact_all(config.to_dict()))
 
@@ -578,25 +616,66 @@ class _Before:
                     key=key,
                 )
         changed = [
-            f"{key} {old[key]!r} → {new[key]!r}"
+            key
             for key in new
             if key not in self._FREE and key != "adapter" and key in old and old[key] != new[key]
         ]
+        names = [key for key in changed if key not in self._JUDGED]
+        if names and not self._accept:
+            raise TrainingError(
+                "The run began with other options than those given now.",
+                expected=", ".join(f"{name} {old[name]!r}" for name in names),
+                got=", ".join(f"{name} {new[name]!r}" for name in names),
+                fix="give the same options, go on with these by --changed accept, or start anew "
+                "with --overwrite",
+                file=self._checkpoint,
+                key=names[0],
+            )
         if changed:
             logger.warning(
-                "The run goes on with other options than it began with: %s.", ", ".join(changed)
+                "The run goes on with other options than it began with: %s.",
+                ", ".join(f"{key} {old[key]!r} → {new[key]!r}" for key in changed),
             )
 
     def check_rows(self, rows: Dataset) -> None:
-        """Raises a TrainingError unless the rows are those of the checkpoint."""
-        if self._rows is not None and self._rows != rows_digest(rows):
-            raise TrainingError(
-                "The rows are not those with which the run began, so it cannot go on with them.",
-                expected=f"the rows of {self._rows.partition(':')[0]}",
-                got=f"{len(rows)} rows",
-                fix="give the same data, or start anew with --overwrite",
-                file=self._checkpoint,
+        """Raises a TrainingError unless the rows are those of the checkpoint, or may be others."""
+        if self._rows is None or self._rows == rows_digest(rows):
+            return
+        if self._accept:
+            logger.warning("The run goes on with other rows than it began with.")
+            return
+        count, _, digest = self._rows.partition(":")
+        raise TrainingError(
+            "The rows are not those with which the run began.",
+            expected=f"{count} rows, SHA-256 {digest[:12]}…",
+            got="{} rows, SHA-256 {:.12}…".format(*rows_digest(rows).split(":")),
+            fix="give the same data, go on with these by --changed accept, or start anew with "
+            "--overwrite",
+            file=self._checkpoint,
+            key="data",
+        )
+
+    def check_base(self, model: Any, tokenizer: Any) -> None:
+        """Raises a TrainingError if base or tokenizer are not those of the checkpoint."""
+        if self._checkpoint is None:
+            return
+        weights = read_adapter(self._checkpoint)
+        try:
+            check_base(model, weights, self._accept)
+            check_tokenizer(
+                weights.base.tokenizer, tokenizer, allow=self._accept, file=self._checkpoint
             )
+        except BaseMismatchError as error:
+            raise TrainingError(
+                f"The checkpoint cannot be gone on from here: {error.what[0].lower()}"
+                f"{error.what[1:]}",
+                expected=error.expected,
+                got=error.got,
+                fix="give the same model, go on with this one by --changed accept, or start anew "
+                "with --overwrite",
+                file=self._checkpoint,
+                key=error.key or "model",
+            ) from error
 
 
 def rows_digest(rows: Dataset) -> str:
@@ -608,14 +687,76 @@ def rows_digest(rows: Dataset) -> str:
     return f"{len(rows)}:{digest.hexdigest()}"
 
 
-def _rows(config: TrainConfig, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
-    """Tokenised rows to train on and to evaluate on."""
+def _raw_rows(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
+    """Rows to train on and to evaluate on, as they are; the first ones have been looked at."""
     rows = load_rows(config.data, split=config.split, limit=config.limit, seed=config.seed)
     eval_rows = None
     if config.eval_data is not None:
         eval_rows = load_rows(
             config.eval_data, split=config.eval_data_split, limit=config.eval_limit
         )
+    for source, read in ((config.data, rows), (config.eval_data, eval_rows)):
+        try:
+            if read is not None:
+                examples_of(read[0])
+        except DataError as error:  # noqa: PERF203 - two at most
+            raise DataError(
+                error.what,
+                expected=error.expected,
+                got=error.got,
+                fix=error.fix,
+                file=source,
+                key=error.key or "data",
+            ) from error
+    return rows, eval_rows
+
+
+def _check_tokens(model: Any, tokenizer: Any, rows: Dataset, eval_rows: Dataset | None) -> None:
+    """Raises a DataError if a token or label lies outside the model's vocabulary."""
+    sizes = [int(model.get_input_embeddings().weight.shape[0])]
+    head = model.get_output_embeddings()
+    if head is not None and getattr(head, "weight", None) is not None:
+        sizes.append(int(getattr(head, "out_features", 0) or head.weight.shape[0]))
+    limit = min(sizes)
+    pad = tokenizer.pad_token_id
+    if pad is not None and pad >= limit:
+        raise _outside("pad_token_id", int(pad), limit, "")
+    for key, read in (("data", rows), ("eval_data", eval_rows)):
+        for start in range(0, 0 if read is None else len(read), 1000):
+            assert read is not None
+            batch = read[start : start + 1000]
+            for column in ("input_ids", "labels"):
+                for offset, ids in enumerate(batch[column]):
+                    if max(ids) >= limit:
+                        raise _outside(key, max(ids), limit, f", in example {start + offset}")
+
+
+def _outside(key: str, highest: int, limit: int, where: str) -> DataError:
+    return DataError(
+        f"The tokenizer gives tokens that the model does not have{where}.",
+        expected=f"token ids below {limit}",
+        got=highest,
+        fix="use the model's own tokenizer, or resize the model's embeddings first "
+        "(model.resize_token_embeddings(len(tokenizer)))",
+        key=key,
+    )
+
+
+def _check_space(config: TrainConfig, adapter: Adapter) -> None:
+    """Raises a TrainingError if the checkpoints will not fit."""
+    size = sum(value.numel() * value.element_size() for value in adapter.state_dict().values())
+    kept = 0 if config.save_steps is None else config.save_total_limit
+    if config.steps is not None and config.save_steps is not None:
+        kept = min(kept, config.steps // config.save_steps)
+    needed = bytes_needed(size, checkpoints=kept, keeps_best=config.early_stopping is not None)
+    there = [f for path in checkpoints.list_checkpoints(config.output) for f in path.iterdir()]
+    check_space(config.output, needed - sum(file.stat().st_size for file in there))
+
+
+def _rows(
+    config: TrainConfig, tokenizer: Any, rows: Dataset, eval_rows: Dataset | None
+) -> tuple[Dataset, Dataset | None]:
+    """Tokenised rows to train on and to evaluate on."""
     column = choose_task_column(config.task_column, rows)
     if config.eval_data is None and config.eval_split > 0:
         rows, eval_rows = split_rows(rows, fraction=config.eval_split, seed=config.seed, by=column)
@@ -644,7 +785,7 @@ def _collator(config: TrainConfig, model: nn.Module, tokenizer: Any) -> tuple[Co
     """The collator, and one sentence on how rows become batches."""
     collate, support = choose_collator(
         model,
-        int(tokenizer.pad_token_id or 0),
+        int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id),
         packing={"auto": "auto", "on": True, "off": False}[config.packing],  # type: ignore[arg-type]
         max_length=config.max_length,
     )
@@ -824,9 +965,11 @@ class _AdapterTrainer(Trainer):
         packing: str,
         before: _Before,
         progress: bool,
-        task: SubspaceTrainer | None = None,
+        task: SubspaceTrainer | None,
+        tokenizer: TokenizerRecord,
     ) -> None:
         self.run_config = config
+        self.tokenizer_record = tokenizer
         self.task = task
         self.base: Any = model
         self.adapter = adapter
@@ -990,6 +1133,35 @@ class _AdapterTrainer(Trainer):
             self._save_adapter(path)
         return path
 
+    def check_state(self, what: str) -> None:
+        """Raises NonFiniteLossError if the adapter or the optimiser's state is not finite.
+
+        The loss of the last step says nothing of what that step has done.
+        """
+        states = [] if self.optimizer is None else list(self.optimizer.state.values())
+        values = {
+            "adapter": list(self.adapter.state_dict().values()),
+            "optimiser's state": [v for s in states for v in s.values() if torch.is_tensor(v)],
+        }
+        for name, tensors in values.items():
+            if all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point()):
+                continue
+            found = [
+                path
+                for path in checkpoints.list_checkpoints(self.run_config.output)
+                if checkpoints.defect(path, processes=self.args.world_size) is None
+            ]
+            raise NonFiniteLossError(
+                f"The {name} is not finite after step {self.state.global_step}, so the {what} "
+                "is not written.",
+                expected="finite numbers",
+                got="NaN or infinity",
+                fix=f"lower the learning rate (now {self._get_learning_rate():.3g}) or raise "
+                "warmup" + ("; the last good checkpoint is kept" if found else ""),
+                file=found[0] if found else None,
+                key=name,
+            )
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """0: nobody reads Trainer's estimate, and making it walks through all parameters."""
         return 0
@@ -1129,6 +1301,10 @@ class _AdapterTrainer(Trainer):
         seconds = time.perf_counter() - started
         self.eval_seconds += seconds
         loss = total / tokens
+        if not math.isfinite(loss):
+            logger.warning(
+                "The evaluation loss is not finite at step %d: %s.", self.state.global_step, loss
+            )
         metrics = {
             f"{metric_key_prefix}_loss": loss,
             f"{metric_key_prefix}_perplexity": exp_or_inf(loss),
@@ -1151,7 +1327,13 @@ class _AdapterTrainer(Trainer):
     def _save_adapter(self, path: Path) -> None:
         import lorasmith as ls
 
-        ls.save(self.adapter.model, path, name=self.adapter.name, beside=True)
+        ls.save(
+            self.adapter.model,
+            path,
+            name=self.adapter.name,
+            beside=True,
+            tokenizer=self.tokenizer_record,
+        )
 
     def _task_adapters(self) -> dict[str, str]:
         """Task → name of its own adapter, of those that are on the model."""
@@ -1168,7 +1350,12 @@ class _AdapterTrainer(Trainer):
         import lorasmith as ls
 
         for task, name in self._task_adapters().items():
-            ls.save(self.adapter.model, self._task_folder(task), name=name)
+            ls.save(
+                self.adapter.model,
+                self._task_folder(task),
+                name=name,
+                tokenizer=self.tokenizer_record,
+            )
 
     def _task_folder(self, task: str) -> Path:
         # Whatever a task is called, this is one folder in the output.
@@ -1187,6 +1374,7 @@ class _AdapterTrainer(Trainer):
             self._save_adapter(Path(output_dir or self.run_config.output))
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        self.check_state("checkpoint")
         step = self.state.global_step
         output = self.run_config.output
         partial = checkpoints.partial_path(output, step)
@@ -1284,6 +1472,7 @@ class _AdapterTrainer(Trainer):
                 assert self.stop.received is not None
                 raise TrainingInterrupted(self.stop.received, result)
             self._finish()
+        self.check_state("adapter")
         result = self._result("stopped early" if self.stopped_early else "finished")
         if self.args.should_save:
             self._save_adapter(self.run_config.output)
