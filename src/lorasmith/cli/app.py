@@ -215,6 +215,10 @@ COMMANDS = {
         "lorasmith.cli.demo:demo",
         "Fine-tune a language model, and measure what it learned and what it forgot.",
     ),
+    "doctor": (
+        "lorasmith.cli.doctor:doctor",
+        "Check the installation, or an adapter, fleet, run or model, and say what to do.",
+    ),
     "version": (
         "lorasmith.cli.version:version",
         "Show the versions of lorasmith and of the packages it works with.",

@@ -563,6 +563,24 @@ class TaskRouter:
 _TENSORS = ("weight", "bias", "mean", "scale")
 
 
+def check(path: str | os.PathLike[str]) -> tuple[str | None, ...]:
+    """The classes of a router on disk, without its base model.
+
+    Raises:
+        AdapterFileError: It is no router, incomplete or damaged.
+    """
+    folder = as_path(path).expanduser()
+    values, tensors = read_one_generation(folder, (CONFIG, TENSORS), lambda: _open(folder))
+    try:
+        classes = tuple(None if c is None else check_id(c) for c in values["classes"])
+    except (KeyError, TypeError, LorasmithError) as error:
+        raise AdapterFileError(
+            "The classes of the router cannot be read.", file=folder / CONFIG, got=repr(error)[:200]
+        ) from error
+    _read(tensors, len(classes))
+    return classes
+
+
 def _open(folder: Path) -> tuple[dict[str, Any], FileTensors]:
     """Configuration and tensors, which must be of one generation."""
     file, weights = folder / CONFIG, folder / TENSORS

@@ -56,6 +56,9 @@ LOCK_TIMEOUT = 120.0
 _TRIES = 20
 _PAUSE = 0.02
 
+#: What safetensors writes into before it renames; a writer that dies there leaves it.
+_UNFINISHED = re.compile(r"\.tmp[0-9A-Za-z]{6}")
+
 _T = TypeVar("_T")
 
 _AT_FDCWD = -100
@@ -180,7 +183,7 @@ def _as_os_error(error: Exception) -> None:
     from safetensors import SafetensorError
 
     if isinstance(error, SafetensorError):
-        found = re.search(r"code: (\d+)", str(error))
+        found = re.search(r"(?:code:|os error) (\d+)", str(error))
         if found is None:
             raise OSError(str(error)) from error
         raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
@@ -388,7 +391,9 @@ def _hand_over(stale: Path, target: Path, owned: Collection[str]) -> None:
     """Moves what is not ours, and not there, into the current generation."""
     if target.is_dir() and stale.is_dir():
         for entry in stale.iterdir():
-            if entry.name not in owned and not os.path.lexists(target / entry.name):
+            if entry.name in owned or _UNFINISHED.fullmatch(entry.name):
+                continue
+            if not os.path.lexists(target / entry.name):
                 entry.rename(target / entry.name)
 
 

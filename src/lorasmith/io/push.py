@@ -45,7 +45,12 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 from torch import nn
 
 from lorasmith import __version__
-from lorasmith.errors import AdapterFileError, ConfigError, MissingDependencyError
+from lorasmith.errors import (
+    AdapterFileError,
+    ConfigError,
+    LorasmithError,
+    MissingDependencyError,
+)
 from lorasmith.io import peft
 from lorasmith.io.atomic import replace_files
 from lorasmith.io.card import MARK, RUN, adapter_card, fleet_card
@@ -318,6 +323,8 @@ def push_to_hub(
             sent, commit = _commit(
                 api, bundle, repository, revision, inside, private, message, overwrite, progress
             )
+        except LorasmithError:
+            raise
         except (OSError, ValueError, HfHubHTTPError) as error:
             reason = str(error).strip().splitlines()
             raise AdapterFileError(
@@ -610,6 +617,8 @@ def _send(bundle: _Bundle, url: str, overwrite: bool, progress: Progress | None)
         if url.startswith(("file://", "local://")):
             return _to_directory(bundle, Path(root), overwrite)
         return _Store(files, root, url, bundle, progress).upload(overwrite)
+    except LorasmithError:
+        raise
     except failures() as error:
         raise AdapterFileError(
             f"The upload failed: {str(error) or type(error).__name__}.",
@@ -847,7 +856,7 @@ class _Store:
                 self._files.rmdir(folder)
 
     def _stale(self, path: str) -> bool:
-        unknown = (*failures(), KeyError, TypeError)
+        unknown: tuple[type[BaseException], ...] = (*failures(), KeyError, TypeError)
         try:
             made = self._files.modified(path)
         except unknown:

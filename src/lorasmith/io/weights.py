@@ -1237,8 +1237,8 @@ def as_path(path: str | os.PathLike[str]) -> Path:
         raise AdapterFileError(
             "That is a URL, and a path of this machine is needed here.",
             file=os.fspath(path),
-            expected="a directory; only reading goes through URLs",
-            fix="to write, choose a directory and copy it there afterwards",
+            expected="a directory",
+            fix="save to a directory and copy it there: lorasmith push DIRECTORY URL, or ls.push",
         )
     return found
 

@@ -114,6 +114,8 @@ def publish(partial: Path, target: Path) -> None:
     except BaseException:
         if old is not None:
             exchange(old, target)
+        else:
+            os.replace(target, partial)
         raise
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

@@ -1191,6 +1191,19 @@ class _AdapterTrainer(Trainer):
             )
         return made
 
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        """Trainer's pass over the rows; none for a run that was killed after its last step.
+
+        Trainer looks whether it is at the end after a step only, and would make one too many.
+        """
+        patience = self.run_config.early_stopping
+        enough = patience is not None and self.evaluations_since_best >= patience
+        if enough or self.state.global_step >= self.state.max_steps:
+            self.stopped_early = self.state.global_step < self.state.max_steps
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*arguments, **options)  # type: ignore[no-untyped-call]
+
     def _lora_plus(self, ratio: float) -> torch.optim.Optimizer:
         config = self.run_config
         groups = param_groups(
@@ -1397,6 +1410,7 @@ class _AdapterTrainer(Trainer):
         if self.args.should_save:
             checkpoints.publish(partial, output / f"checkpoint-{step}")
             checkpoints.rotate(output, self.run_config.save_total_limit)
+            checkpoints.remove_partial(output)  # the lock of what has been renamed
         self.accelerator.wait_for_everyone()
 
     def _all_tokens(self) -> int:
