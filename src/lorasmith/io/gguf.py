@@ -338,6 +338,7 @@ def _field(reader: Any, key: str, default: Any) -> Any:
 
 
 def skeleton(config: Any) -> nn.Module:
+    """The model that a configuration describes, without weights."""
     import transformers
 
     with quiet(), torch.device("meta"):

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from lorasmith.errors import ConfigError, LorasmithError, MissingDependencyError
-from lorasmith.io.atomic import replace_text
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -345,6 +344,9 @@ def write_report(
         generated=generated,
         data=data,
     )
+    # Here, since the package of files loads PyTorch, which a page does not need.
+    from lorasmith.io.atomic import replace_text
+
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
