@@ -57,9 +57,8 @@ def loaded(path: Path, dtype: torch.dtype | None = None) -> Any:
     """With Transformers alone, all of it and nothing else."""
     from transformers import AutoModelForCausalLM
 
-    model, report = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype or "auto", output_loading_info=True
-    )
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, report = load(path, dtype=dtype or "auto", output_loading_info=True)
     assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
 

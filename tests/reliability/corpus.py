@@ -24,6 +24,18 @@ CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "lora
 PREFIX = "base_model.model."
 Q0 = f"{PREFIX}model.layers.0.self_attn.q_proj"
 Spoil = Callable[[Path], object]
+
+
+def in_turn(*spoils: Spoil) -> Spoil:
+    """One after the other."""
+
+    def run(folder: Path) -> None:
+        for spoil in spoils:
+            spoil(folder)
+
+    return run
+
+
 #: Exponential in the length of the name, for ``regex`` too.
 SLOW = r"((\w|\.)+)+((\w|\.)|\w|\.)*$(?<=!)"
 
@@ -229,7 +241,10 @@ FILES: dict[str, Hostile] = {
     "weights link out": Hostile(outside(WEIGHTS), key=WEIGHTS, ours=False),
     "configuration links out": Hostile(outside(CONFIG), file=CONFIG, key=CONFIG, ours=False),
     "weights are a pipe": Hostile(
-        lambda p: ((p / WEIGHTS).unlink(), os.mkfifo(p / WEIGHTS)), file="a", got=False, ours=False
+        in_turn(lambda p: (p / WEIGHTS).unlink(), lambda p: os.mkfifo(p / WEIGHTS)),
+        file="a",
+        got=False,
+        ours=False,
     ),
 }
 
@@ -393,7 +408,7 @@ def vouch(folder: Path) -> None:
 
 def vouched(spoil: Spoil) -> Spoil:
     """The same, and the manifest vouches for it."""
-    return lambda folder: (spoil(folder), vouch(folder))
+    return in_turn(spoil, vouch)
 
 
 def manifest(change: Callable[[dict[str, Any]], object]) -> Spoil:
@@ -407,9 +422,10 @@ def manifest(change: Callable[[dict[str, Any]], object]) -> Spoil:
     return spoil
 
 
-def _resize(layer: dict[str, Any], rows: int) -> None:
-    for part in layer["parts"].values():
-        part[1] = rows
+def _resize(layers: list[dict[str, Any]], rows: int) -> None:
+    for layer in layers:
+        for part in layer["parts"].values():
+            part[1] = rows
 
 
 FLEETS: dict[str, Hostile] = {
@@ -435,9 +451,7 @@ FLEETS: dict[str, Hostile] = {
         vouched(
             edit_tensors(
                 lambda t: [
-                    v.view(-1).__setitem__(0, float("nan"))
-                    for v in t.values()
-                    if v.is_floating_point()
+                    v.view(-1)[:1].fill_(float("nan")) for v in t.values() if v.is_floating_point()
                 ],
                 BASIS,
             )
@@ -468,10 +482,10 @@ FLEETS: dict[str, Hostile] = {
         manifest(lambda m: m["adapters"][0].update(id="x" * 300)), file="", got=False
     ),
     "layers of 2^40 rows": Hostile(
-        manifest(lambda m: [_resize(layer, 2**40) for layer in m["layers"]]), file="", key=""
+        manifest(lambda m: _resize(m["layers"], 2**40)), file="", key=""
     ),
     "layers of -1 rows": Hostile(
-        manifest(lambda m: [_resize(layer, -1) for layer in m["layers"]]),
+        manifest(lambda m: _resize(m["layers"], -1)),
         file="",
         key="",
         got=False,
