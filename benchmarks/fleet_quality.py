@@ -528,7 +528,7 @@ class Plan:
                 return Run("curve", "adapters", members, judged, method, options, codecs, self.size)
 
             few = 1 if self.quick else None
-            joint: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6)
+            joint: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6)
             share: tuple[float, ...] = (0.1, 0.3, 0.6)
             found += [run("joint", ("4",), error=e) for e in joint[:few]]
             found += [run("share", ("4",), error=e) for e in share[:few]]
@@ -771,22 +771,29 @@ def curve_report(plan: Plan, results: Results) -> str:
         for count in plan.counts
     ]
     texts.append(
-        f"Smallest with at least {KEPT:.0%} of the gain kept in the mean:\n\n"
+        f"Bytes at which {KEPT:.0%} of the gain is kept in the mean, between the points above:\n\n"
         + markdown(["N", "factors, rounded", "factors, cut and rounded", "joint", "share"], best)
     )
     return "\n\n".join(texts)
 
 
 def frontier(found: Sequence[Point], method: str, count: int) -> float | None:
-    """The largest ratio at which enough of the gain is kept."""
-    good = [
-        p.ratio
+    """The ratio at which just enough of the gain is kept, between the points that were measured."""
+    own = sorted(
+        (p.ratio, p.kept)
         for p in found
-        if p.run.method == method
-        and p.kept >= KEPT
-        and (method in ALONE or len(p.run.members) == count)
-    ]
-    return max(good, default=None)
+        if p.run.method == method and (method in ALONE or len(p.run.members) == count)
+    )
+    good = [(ratio, kept) for ratio, kept in own if kept >= KEPT]
+    if not good:
+        return None
+    ratio, kept = good[-1]
+    beyond = [(r, k) for r, k in own if r > ratio]
+    if not beyond:
+        return ratio
+    more, less = max(beyond, key=lambda point: point[1])  # the best of what keeps too little
+    share = (kept - KEPT) / (kept - less)
+    return ratio * (more / ratio) ** share
 
 
 def merging_report(plan: Plan, results: Results) -> str:
