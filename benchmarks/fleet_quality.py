@@ -793,7 +793,7 @@ def frontier(found: Sequence[Point], method: str, count: int) -> float | None:
         return ratio
     more, less = max(beyond, key=lambda point: point[1])  # the best of what keeps too little
     share = (kept - KEPT) / (kept - less)
-    return ratio * (more / ratio) ** share
+    return float(ratio * (more / ratio) ** share)
 
 
 def merging_report(plan: Plan, results: Results) -> str:
