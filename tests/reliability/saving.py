@@ -212,7 +212,9 @@ def _router() -> Kind:
     made = []
     for g in range(2):
         router = TaskRouter(llama(), Letters(), max_length=5 + g)
-        router.fit({"a": ["ab", "ba", "aab", "bba"] * 3, "b": ["xy", "yx", "xxy", "yyx"] * 3})
+        more = "c" * g  # so that the tensors of the two differ
+        rows = {"a": ["ab", "ba", "aab", "bba"], "b": ["xy", "yx", "xxy", "yyx"]}
+        router.fit({task: [row + more for row in each] * 3 for task, each in rows.items()})
         made.append(router)
     model = llama()
 

@@ -177,7 +177,7 @@ COMMANDS = {
     ),
     "info": (
         "lorasmith.cli.info:info",
-        "Describe a base model or an adapter. No weights are loaded.",
+        "Describe a base model, an adapter or a compressed fleet. No model's weights are loaded.",
     ),
     "variants": (
         "lorasmith.cli.variants:variants",
@@ -193,15 +193,15 @@ COMMANDS = {
     ),
     "fuse": (
         "lorasmith.cli.fuse:fuse",
-        "Write a full model with an adapter in its weights, and say how near it is.",
+        "Write a full model with an adapter fused into its weights, and say how near it is.",
     ),
     "export": (
         "lorasmith.cli.export:export",
-        "Write an adapter for llama.cpp, Ollama, vLLM, SGLang, TGI or PEFT.",
+        "Write an adapter in the form that llama.cpp, Ollama, vLLM, SGLang, TGI or PEFT loads.",
     ),
     "push": (
         "lorasmith.cli.push:push",
-        "Upload an adapter or a fleet to a store (s3://, gs://, …) or to the hub.",
+        "Upload an adapter, a compressed fleet or a directory of adapters.",
     ),
     "merge": (
         "lorasmith.cli.merge:merge",
@@ -217,7 +217,7 @@ COMMANDS = {
     ),
     "doctor": (
         "lorasmith.cli.doctor:doctor",
-        "Check the installation, or an adapter, fleet, run or model, and say what to do.",
+        "Check the installation, or what is under a path, and say what is wrong and what to do.",
     ),
     "version": (
         "lorasmith.cli.version:version",

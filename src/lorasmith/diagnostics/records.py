@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar, get_args
 
 from lorasmith.errors import ConfigError
-from lorasmith.io.atomic import replace_file, replace_text
 
 __all__ = [
     "Aggregate",
@@ -437,10 +436,14 @@ class RotationReport:
         return target
 
     def _write_json(self, path: Path) -> None:
+        from lorasmith.io.atomic import replace_text  # loads PyTorch, which reading does not need
+
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
         replace_text(path, text + "\n")
 
     def _write_csv(self, path: Path) -> None:
+        from lorasmith.io.atomic import replace_text  # loads PyTorch, which reading does not need
+
         stream = io.StringIO(newline="")
         writer = csv.writer(stream)
         writer.writerow(_UNIT_FIELDS)
@@ -450,6 +453,8 @@ class RotationReport:
 
     def _write_npz(self, path: Path) -> None:
         import numpy as np
+
+        from lorasmith.io.atomic import replace_file
 
         arrays: dict[str, Any] = {}
         for name in _UNIT_FIELDS:

@@ -193,7 +193,7 @@ def _read(folder: Path) -> AdapterWeights:
     except AdapterFileError as error:
         if error.file is not None:
             raise
-        raise in_file(error, folder) from error
+        raise in_file(error, weights_file) from error
     except ConfigError as error:  # a pattern of ranks that takes too long
         raise in_file(error, config_file) from error
 
