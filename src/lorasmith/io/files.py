@@ -53,7 +53,7 @@ from lorasmith.io.weights import (
 __all__ = ["factors", "load", "read_adapter", "save"]
 
 #: Times that files are read again while somebody is replacing them, and seconds between.
-_TRIES = 5
+_TRIES = 20
 _PAUSE = 0.05
 
 
