@@ -17,6 +17,7 @@ import random
 import shutil
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,18 @@ def zoo(shared: Path) -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared/zoo folder beside this checkout")
     return folder
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    """An empty store in memory, at ``memory://``; skips without fsspec."""
+    fsspec = pytest.importorskip("fsspec")
+    files = fsspec.filesystem("memory")
+    for held in (files.store, files.pseudo_dirs):
+        held.clear()
+    files.pseudo_dirs.append("")
+    yield files
+    files.store.clear()
 
 
 @pytest.fixture(scope="session")

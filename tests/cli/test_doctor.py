@@ -199,7 +199,7 @@ def test_runs_and_checkpoints(call: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for step in (5, 10):
         partial = support.saved(run / f".checkpoint-{step}.partial")
-        for name in (*checkpoints.REQUIRED, "rng_state.pth"):
+        for name in (*checkpoints.REQUIRED, "rng_state.safetensors"):
             if name == "adapter_state.safetensors":
                 partial.joinpath(name).write_bytes(
                     (partial / "adapter_model.safetensors").read_bytes()
@@ -210,11 +210,11 @@ def test_runs_and_checkpoints(call: Any, tmp_path: Path) -> None:
     called = call("doctor", run, "--json")
     assert (called.json["kind"], _errors(called)) == ("run", [])
     assert "not come to its end" in _texts(called, "note")
-    (run / "checkpoint-10" / "optimizer.pt").write_text("other")
+    (run / "checkpoint-10" / "optimizer.safetensors").write_text("other")
     (run / ".checkpoint-15.partial").mkdir()
     called = call("doctor", run, "--json")
     (said,) = _errors(called)
-    assert said.startswith("checkpoint-10: optimizer.pt")
+    assert said.startswith("checkpoint-10: optimizer.safetensors")
     assert ".checkpoint-15.partial" in _texts(called, "warning")
     assert _errors(call("doctor", run / "checkpoint-10", "--json")) == [said]
     assert _errors(call("doctor", run / "checkpoint-5", "--json")) == []

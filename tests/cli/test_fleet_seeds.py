@@ -137,7 +137,9 @@ def test_every_mistake_is_one_json_object(call: Any, tmp_path: Path) -> None:
     called = call("fleet", "validate", tmp_path / "broken", "--json")
     assert (called.code, called.json["problems"]) == (1, 1)
     # An id that climbs is a name like another one, and climbs nowhere.
-    assert call("fleet", "add", fleet, other, "--id", "../x", "--json").json["id"] == "../x"
+    assert (
+        call("fleet", "add", fleet, other, "--id", "../x", "--json").json["added"]["id"] == "../x"
+    )
     assert call("fleet", "export", fleet, "../x", "-o", out, "--json").code == 0
     assert not (tmp_path / "x").exists()
     assert distance(dense(out), dense(other)) < 0.051

@@ -62,8 +62,9 @@ def test_add_and_remove(call: Any, fleet: Path, adapters: Path, absorb: bool) ->
     options = ["--id", "team/a", "--error", "0.001", *(["--absorb"] * absorb)]
     called = call("fleet", "add", fleet, adapters / "three", *options, "--json")
     assert called.code == 0
-    assert called.json["id"] == "team/a"
-    assert called.json["error"] <= 0.001 + 1e-6
+    assert called.json["added"]["id"] == "team/a"
+    assert called.json["added"]["error"] <= 0.001 + 1e-6
+    assert "error" not in called.json  # that is what failed calls have
     assert ("moved" in called.json) is absorb
     assert ls.SharedSubspace.load(fleet).ids == ("one", "two", "team/a")
     assert call("fleet", "add", fleet, adapters / "three", *options).code == 2

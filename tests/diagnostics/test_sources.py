@@ -17,7 +17,13 @@ from torch import nn
 
 import lorasmith as ls
 from lorasmith.core.layers import describe, read_weight
-from lorasmith.errors import AdapterFileError, ConfigError, LorasmithError, ModelError
+from lorasmith.errors import (
+    AdapterFileError,
+    ConfigError,
+    FuseError,
+    LorasmithError,
+    ModelError,
+)
 from lorasmith.io.sources import CheckpointWeights, ModelWeights, align
 from tests.models import distilbert, distilbert_classifier, gpt2, llama, randomise
 
@@ -233,3 +239,22 @@ def test_memory_stays_below_twice_the_largest_tensor(kind: str, tmp_path: Path) 
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < allowed
+
+
+def test_adapters_without_a_weight_of_their_own_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    handle = ls.attach(model, ls.LoRAConfig(r=2))
+    randomise(handle.parameters())
+    weights = ls.read_adapter(ls.save(model, tmp_path / "adapter"))
+    monkeypatch.setattr(type(weights.variant), "fusable", False)
+    with pytest.raises(FuseError, match="adapted layer, so that no angle can be given") as caught:
+        ls.diagnose(tmp_path / "base", weights)
+    assert "retention" in str(caught.value.fix)
+    # What only PEFT knows comes first.
+    weights.unsupported = "It is something else."
+    with pytest.raises(AdapterFileError, match="something else") as refused:
+        ls.diagnose(tmp_path / "base", weights)
+    assert "compare the two checkpoints" in str(refused.value.fix)

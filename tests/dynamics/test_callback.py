@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import os
+import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,6 +194,58 @@ def test_clipping_bounds_the_gradient_of_the_task_alone(tmp_path: Path) -> None:
     assert rule.found == pytest.approx([0.1] * 6, rel=1e-3)
     # The log shows the norm before clipping, and nothing of the push.
     assert all(0.1 < e["grad_norm"] < 50 for e in trainer.state.log_history if "grad_norm" in e)
+
+
+class _Code:
+    """A pickle that makes a directory where it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_trainers_own_checkpoint_with_code_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainer writes pickles; on a resume it reads them with ``weights_only``, and runs nothing."""
+    options: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3}
+    _train(_ours(), [GaugeProjection()], tmp_path / "run", **options)
+    folder = tmp_path / "run" / "checkpoint-3"
+    seen: list[str] = []
+    opened: list[tuple[str, Any]] = []
+    on = True
+    load = torch.load
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if on and event in ("os.mkdir", "os.system", "subprocess.Popen", "pickle.find_class"):
+            seen.append(f"{event} {arguments[0]}")
+
+    def noted(file: Any, *arguments: Any, **given: Any) -> Any:
+        opened.append((Path(file).name, given.get("weights_only")))
+        return load(file, *arguments, **given)
+
+    sys.addaudithook(hook)
+    try:
+        monkeypatch.setattr(torch, "load", noted)
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            kept = (folder / name).read_bytes()
+            torch.save({"state": _Code(tmp_path / "RAN")}, folder / name)
+            with pytest.raises(pickle.UnpicklingError, match=r"weights_only|Weights only"):
+                _train(
+                    *(_ours(), [GaugeProjection()], tmp_path / "run"),
+                    resume=str(folder),
+                    **options,
+                )
+            (folder / name).write_bytes(kept)
+    finally:
+        on = False
+    # Only what the models' and Trainer's own files may be.
+    assert not [s for s in seen if "RAN" in s or not s.startswith("os.mkdir")]
+    assert not (tmp_path / "RAN").exists()
+    assert {name for name, _ in opened} == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    assert all(only is True for _, only in opened)
 
 
 @pytest.mark.parametrize("make", [_ours, _peft], ids=["ours", "peft"])

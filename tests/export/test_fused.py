@@ -30,6 +30,8 @@ from lorasmith.errors import (
     ModelError,
 )
 from lorasmith.export import fused as module
+from lorasmith.export.fuse_changes import Changes
+from lorasmith.export.fuse_matrix import FusedMatrix
 from lorasmith.export.parity import compare
 from lorasmith.export.shards import parse_size
 from tests.contract.configurations import CONFIGURATIONS
@@ -408,7 +410,7 @@ def test_ties_that_no_configuration_can_undo_are_refused(
 ) -> None:
     config = ls.LoRAConfig(r=2, targets=("lm_head",))
     base, adapter, _ = made(tmp_path, llama(), config)
-    monkeypatch.setattr(module._Plan, "_embeddings", lambda self: [])
+    monkeypatch.setattr(Changes, "embeddings", lambda self: [])
     with pytest.raises(FuseError, match="share"):
         ls.fuse_checkpoint(base, adapter, tmp_path / "out")
     assert left_in(tmp_path) == ["adapter", "base"]
@@ -769,14 +771,14 @@ def test_a_model_that_is_not_what_it_should_be_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapter, _ = made(tmp_path, llama(), ls.LoRAConfig(r=2))
-    real = module._Fused._low_rank
+    real = FusedMatrix._low_rank
 
     def wrong(self: Any) -> Any:
         found = real(self)
         assert found is not None
         return found[0] * 1.1, found[1]
 
-    monkeypatch.setattr(module._Fused, "_low_rank", wrong)
+    monkeypatch.setattr(FusedMatrix, "_low_rank", wrong)
     with pytest.warns(UserWarning, match="further from base"):
         report = ls.fuse_checkpoint(base, adapter, tmp_path / "out")
     assert report.parity is not None

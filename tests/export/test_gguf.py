@@ -23,37 +23,30 @@ pytestmark = pytest.mark.filterwarnings("ignore:The adapter names")
 PROMPT = [1, 77, 140, 9, 201, 33]
 
 
+#: Sizes that llama.cpp takes.
+SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+
+
 def llama(**changes: Any) -> Any:
-    """A Llama with grouped-query attention that llama.cpp takes."""
+    """A Llama with grouped-query attention."""
     torch.manual_seed(3)
-    settings: dict[str, Any] = {
-        "vocab_size": 320,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.2,
-        **changes,
-    }
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()
+    config = transformers.LlamaConfig(**{**SIZES, **changes})
+    return transformers.LlamaForCausalLM(config).eval()
 
 
 def qwen2() -> Any:
     """A Qwen2: biases on q, k and v, and no other order of rows."""
     torch.manual_seed(4)
-    config = transformers.Qwen2Config(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-    )
-    model = transformers.Qwen2ForCausalLM(config).eval()
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES)).eval()
     support.stir([p for n, p in model.named_parameters() if n.endswith("bias")], 0.3)
     return model
 
@@ -72,6 +65,13 @@ def gpt2() -> Any:
         initializer_range=0.2,
     )
     return transformers.GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> tuple[Any, Path]:
+    """The Llama, and its GGUF file (without a vocabulary)."""
+    model = llama()
+    return model, write_gguf(model, tmp_path / "base.gguf", "llama")
 
 
 def noisy(model: Any, path: Path, **changes: Any) -> Path:
@@ -124,9 +124,10 @@ PATTERNS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", PATTERNS)
-def test_the_file_says_what_the_adapter_does(tmp_path: Path, case: str) -> None:
-    model = llama()
-    base = write_gguf(model, tmp_path / "base.gguf", "llama")
+def test_the_file_says_what_the_adapter_does(
+    tmp_path: Path, small: tuple[Any, Path], case: str
+) -> None:
+    model, base = small
     adapter = noisy(model, tmp_path / "adapter", **PATTERNS[case])
     made = ls.export_adapter(adapter, tmp_path / "out", base=base)
     found, fields = tensors(tmp_path / "out" / "adapter.gguf")
@@ -157,10 +158,9 @@ def test_the_file_says_what_the_adapter_does(tmp_path: Path, case: str) -> None:
     assert made.rank == max(weights.config.rank_of(m) for m in weights.modules)
 
 
-def test_what_most_layers_have_is_untouched(tmp_path: Path) -> None:
-    model = llama()
+def test_what_most_layers_have_is_untouched(tmp_path: Path, small: tuple[Any, Path]) -> None:
+    model, base = small
     adapter = noisy(model, tmp_path / "adapter", alpha_pattern={"v_proj": 3.0})
-    base = write_gguf(model, tmp_path / "base.gguf", "llama")
     ls.export_adapter(adapter, tmp_path / "out", base=base)
     found, fields = tensors(tmp_path / "out" / "adapter.gguf")
     held = ls.read_adapter(adapter).tensors
@@ -170,9 +170,10 @@ def test_what_most_layers_have_is_untouched(tmp_path: Path) -> None:
     assert torch.equal(found["blk.1.ffn_up.weight.lora_b"], held[key.format("B")])
 
 
-def test_an_initialisation_that_moved_w_travels_with_it(tmp_path: Path) -> None:
-    model = llama()
-    base = write_gguf(model, tmp_path / "base.gguf", "llama")
+def test_an_initialisation_that_moved_w_travels_with_it(
+    tmp_path: Path, small: tuple[Any, Path]
+) -> None:
+    model, base = small
     before = {m: model.get_submodule(m).weight.double().clone() for m in _linear(model)}
     adapter = ls.attach(model, ls.LoRAConfig(r=3, init="pissa", targets=["v_proj"]))
     support.stir(adapter.parameters(), 0.1)
@@ -391,10 +392,11 @@ def test_names_and_shapes_of_other_architectures(tmp_path: Path, name: str) -> N
         ("auto", {"F32"}, 0.0),
     ],
 )
-def test_numbers(tmp_path: Path, dtype: str, kinds: set[str], error: float) -> None:
+def test_numbers(
+    tmp_path: Path, small: tuple[Any, Path], dtype: str, kinds: set[str], error: float
+) -> None:
     gguf = pytest.importorskip("gguf")
-    model = llama()
-    base = write_gguf(model, tmp_path / "base.gguf", "llama")
+    model, base = small
     path = noisy(model, tmp_path / "adapter")
     made = ls.export_adapter(path, tmp_path / "out", base=base, dtype=dtype)
     reader = gguf.GGUFReader(tmp_path / "out" / "adapter.gguf")
@@ -416,9 +418,8 @@ def test_numbers(tmp_path: Path, dtype: str, kinds: set[str], error: float) -> N
         assert made.rounding == pytest.approx((lost / change) ** 0.5, rel=0.5)
 
 
-def test_values_too_large_for_float16(tmp_path: Path) -> None:
-    model = llama()
-    base = write_gguf(model, tmp_path / "base.gguf", "llama")
+def test_values_too_large_for_float16(tmp_path: Path, small: tuple[Any, Path]) -> None:
+    model, base = small
     adapter = ls.attach(model, ls.LoRAConfig(r=2, targets=["v_proj"]))
     with torch.no_grad():
         next(iter(adapter.parameters())).fill_(1e5)
@@ -434,23 +435,25 @@ def test_values_too_large_for_float16(tmp_path: Path) -> None:
 # -- refusals ----------------------------------------------------------------------------------
 
 
-def test_a_base_of_other_sizes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "key", "expected"),
+    [
+        ({"intermediate_size": 128}, "model.layers.0.", "128"),
+        ({"num_hidden_layers": 1}, "model.layers.1.", None),
+    ],
+    ids=["other sizes", "fewer layers"],
+)
+def test_a_base_that_does_not_fit(
+    tmp_path: Path, change: dict[str, Any], key: str, expected: str | None
+) -> None:
     path = noisy(llama(), tmp_path / "adapter")
-    other = write_gguf(llama(intermediate_size=128), tmp_path / "other.gguf", "llama")
-    with pytest.raises(BaseMismatchError) as caught:
-        ls.export_adapter(path, tmp_path / "out", base=other)
-    assert caught.value.expected is not None
-    assert "128" in caught.value.expected
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_base_with_fewer_layers(tmp_path: Path) -> None:
-    path = noisy(llama(), tmp_path / "adapter")
-    other = write_gguf(llama(num_hidden_layers=1), tmp_path / "other.gguf", "llama")
+    other = write_gguf(llama(**change), tmp_path / "other.gguf", "llama")
     with pytest.raises(BaseMismatchError) as caught:
         ls.export_adapter(path, tmp_path / "out", base=other)
     assert caught.value.key is not None
-    assert caught.value.key.startswith("model.layers.1.")
+    assert caught.value.key.startswith(key)
+    assert expected is None or expected in str(caught.value.expected)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("from_file", [True, False])
@@ -469,9 +472,8 @@ def test_the_head_of_tied_embeddings(tmp_path: Path, from_file: bool) -> None:
     assert "fuse" in caught.value.fix
 
 
-def test_whole_modules_and_biases(tmp_path: Path) -> None:
-    model = llama()
-    base = write_gguf(model, tmp_path / "base.gguf", "llama")
+def test_whole_modules_and_biases(tmp_path: Path, small: tuple[Any, Path]) -> None:
+    model, base = small
     adapter = ls.attach(model, ls.LoRAConfig(targets=["q_proj"], modules_to_save=["lm_head"]))
     ls.save(model, tmp_path / "saved")
     ls.detach(model, adapter.name)
@@ -486,9 +488,8 @@ def test_whole_modules_and_biases(tmp_path: Path) -> None:
         ls.export_adapter(path, tmp_path / "out", base=base)
 
 
-def test_dora_needs_a_rank_and_the_base(tmp_path: Path) -> None:
-    model = llama()
-    base = write_gguf(model, tmp_path / "base.gguf", "llama")
+def test_dora_needs_a_rank_and_the_base(tmp_path: Path, small: tuple[Any, Path]) -> None:
+    model, base = small
     adapter = ls.attach(model, ls.DoRAConfig(r=4, targets=["q_proj"]))
     support.stir(adapter.parameters(), 0.1)
     ls.save(model, tmp_path / "adapter")
@@ -514,29 +515,29 @@ def test_an_architecture_that_is_not_known(tmp_path: Path) -> None:
         ls.export_adapter(path, tmp_path / "out", base=tmp_path / "base")
 
 
-def test_options(tmp_path: Path) -> None:
-    model = llama()
-    base = write_gguf(model, tmp_path / "base.gguf", "llama")
+@pytest.mark.parametrize(
+    ("key", "out", "options"),
+    [
+        ("dtype", "out", {"dtype": "int3"}),
+        ("name", "out", {"name": "../x"}),
+        ("rank", "out", {"rank": 0}),
+        ("to", "out", {"to": "onnx"}),
+        ("output", "out.gguf", {}),
+    ],
+)
+def test_options_that_make_no_sense(
+    tmp_path: Path, small: tuple[Any, Path], key: str, out: str, options: dict[str, Any]
+) -> None:
+    model, base = small
     path = noisy(model, tmp_path / "adapter")
-    for key, options in (
-        ("dtype", {"dtype": "int3"}),
-        ("name", {"name": "../x"}),
-        ("rank", {"rank": 0}),
-    ):
-        with pytest.raises(ConfigError) as caught:
-            ls.export_adapter(path, tmp_path / "out", base=base, **options)
-        assert caught.value.key == key
     with pytest.raises(ConfigError) as caught:
-        ls.export_adapter(path, tmp_path / "out", "onnx", base=base)
-    assert caught.value.key == "to"
-    with pytest.raises(ConfigError, match="directory"):
-        ls.export_adapter(path, tmp_path / "out.gguf", base=base)
-    assert not (tmp_path / "out").exists()
+        ls.export_adapter(path, tmp_path / out, base=base, **options)
+    assert caught.value.key == key
+    assert not (tmp_path / out).exists()
 
 
-def test_what_is_in_the_output_directory_stays(tmp_path: Path) -> None:
-    model = llama()
-    base = write_gguf(model, tmp_path / "base.gguf", "llama")
+def test_what_is_in_the_output_directory_stays(tmp_path: Path, small: tuple[Any, Path]) -> None:
+    model, base = small
     path = noisy(model, tmp_path / "adapter")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")

@@ -9,6 +9,7 @@ refuses more), ``vllm/lora/utils.py`` (001e63a) and ``vllm/lora/lora_model.py`` 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -86,6 +87,11 @@ def sglang(folder: Path, limit: int) -> dict[str, Tensor]:
     assert isinstance(config["target_modules"], list)
     values = load_file(folder / "adapter_model.safetensors")
     found = {}
+    for name in values:
+        # normalize_qkv_proj, normalize_gate_up_proj: k and up may be missing, the others not.
+        for stack, needed in ((("q", "k", "v"), ("q", "v")), (("gate", "up"), ("gate",))):
+            for kind, other in itertools.product(stack, needed):
+                assert name.replace(f".{kind}_proj.", f".{other}_proj.") in values, name
     for name, A in values.items():
         if name.endswith(".lora_A.weight"):
             B = values[name.replace("lora_A", "lora_B")]
@@ -251,7 +257,7 @@ def test_vllm_takes_certain_limits(tmp_path: Path, rank: int, limit: int) -> Non
 
 
 def test_a_rank_that_is_too_high(tmp_path: Path) -> None:
-    path = support.saved(tmp_path / "adapter", ls.LoRAConfig(r=513, targets=["q_proj"]))
+    path = support.saved(tmp_path / "adapter", ls.LoRAConfig(r=513, targets=["q_proj", "v_proj"]))
     with pytest.raises(ConfigError) as caught:
         ls.export_adapter(path, tmp_path / "out", "vllm")
     assert caught.value.fix is not None
@@ -273,6 +279,38 @@ def test_layers_that_tgi_would_miss(tmp_path: Path) -> None:
     made = check(path, tmp_path / "out", "tgi", base=tmp_path / "base")
     assert any("zeros" in note for note in made.notes)
     assert set(tgi(tmp_path / "out", 8)) == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers", "filled"),
+    [
+        (["q_proj"], None, {"v_proj"}),
+        (["k_proj"], [1], {"q_proj", "v_proj"}),
+        (["v_proj", "up_proj"], None, {"q_proj", "gate_proj"}),
+        (["q_proj", "v_proj", "gate_proj", "o_proj"], None, set()),
+    ],
+)
+def test_stacks_that_sglang_would_not_make(
+    tmp_path: Path, targets: list[str], layers: list[int] | None, filled: set[str]
+) -> None:
+    model = support.llama()
+    model.config.save_pretrained(tmp_path / "base")
+    config = ls.LoRAConfig(r=4, targets=targets, layers=layers)
+    path = support.saved(tmp_path / "adapter", config)
+    made = check(path, tmp_path / "out", "sglang", base=tmp_path / "base")
+    got = sglang(tmp_path / "out", 8)
+    here = layers if layers is not None else [0, 1]
+    new = {name for name, delta in got.items() if not delta.any()}
+    assert {n.rpartition(".")[2] for n in new} == filled
+    assert len(new) == len(filled) * len(here)
+    shapes = {n: tuple(model.get_submodule(n).weight.shape) for n in got}
+    assert {n: tuple(d.shape) for n, d in got.items()} == shapes
+    assert any("stacks" in note for note in made.notes) == bool(filled)
+    if targets == ["q_proj"]:
+        with pytest.raises(AdapterFileError, match="stacks") as caught:
+            ls.export_adapter(path, tmp_path / "none", "sglang")
+        assert caught.value.key == "model.layers.0.self_attn.v_proj"
+        assert not (tmp_path / "none").exists()
 
 
 def test_dora_becomes_plain_with_its_error(tmp_path: Path) -> None:

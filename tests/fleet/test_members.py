@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -422,17 +421,6 @@ def test_a_directory_of_adapters(tmp_path: Path) -> None:
 
 
 # -- URLs ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def memory() -> Iterator[Any]:
-    fsspec = pytest.importorskip("fsspec")
-    files = fsspec.filesystem("memory")
-    for held in (files.store, files.pseudo_dirs):
-        held.clear()
-    files.pseudo_dirs.append("")
-    yield files
-    files.store.clear()
 
 
 def test_adapters_at_urls(memory: Any, tmp_path: Path) -> None:

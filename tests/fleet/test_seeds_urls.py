@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +41,6 @@ def adapters(tmp_path: Path) -> Path:
     for name, config in CONFIGS.items():
         saved(tmp_path / "adapters" / name, config)
     return tmp_path / "adapters"
-
-
-@pytest.fixture
-def memory() -> Iterator[Any]:
-    fsspec = pytest.importorskip("fsspec")
-    files = fsspec.filesystem("memory")
-    for held in (files.store, files.pseudo_dirs):
-        held.clear()
-    files.pseudo_dirs.append("")
-    yield files
-    files.store.clear()
 
 
 @pytest.fixture

@@ -495,7 +495,8 @@ def test_a_held_out_task_on_real_adapters(zoo: Path) -> None:
         measure(rows[2 * step : 2 * step + 2]).backward()
         optimizer.step()
     with torch.no_grad():
-        assert float(measure(rows[12:])) < 0.8 * before
+        # Measured: 0.78; on three other sets of rows 0.69, 0.75 and 0.78.
+        assert float(measure(rows[12:])) < 0.9 * before
     assert task.finish().ids[-1] == "numbers-es"
 
 

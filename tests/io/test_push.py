@@ -54,17 +54,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_module, "_PAUSE", 0.0)
 
 
-@pytest.fixture
-def memory() -> Iterator[Any]:
-    fsspec = pytest.importorskip("fsspec")
-    files = fsspec.filesystem("memory")
-    for held in (files.store, files.pseudo_dirs):
-        held.clear()
-    files.pseudo_dirs.append("")
-    yield files
-    files.store.clear()
-
-
 @pytest.fixture(scope="module")
 def s3_server() -> Iterator[str]:
     server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
@@ -224,22 +213,25 @@ def check_at_every_moment(
     assert len(outcomes) >= 6
 
 
-def test_readers_see_one_generation_at_every_moment_of_a_push(
-    memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, new = made(tmp_path / "old"), made(tmp_path / "new", 1, r=5)
-
-    def begin() -> None:
-        ls.push(old, "memory://a", card=False)
-
-    check_at_every_moment(memory, monkeypatch, begin, new, content(old))
+def _another_rank(folder: Path) -> tuple[Path, Path]:
+    return made(folder / "old"), made(folder / "new", 1, r=5)
 
 
-def test_the_same_configuration_with_other_weights(
-    memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, new = made(tmp_path / "old"), made(tmp_path / "new", 1)
+def _other_weights(folder: Path) -> tuple[Path, Path]:
+    old, new = made(folder / "old"), made(folder / "new", 1)
     assert content(old)["adapter_config.json"] == content(new)["adapter_config.json"]
+    return old, new
+
+
+def _a_fleet(folder: Path) -> tuple[Path, Path]:
+    return fleet(folder / "old"), fleet(folder / "new", 9)
+
+
+@pytest.mark.parametrize("generations", [_another_rank, _other_weights, _a_fleet])
+def test_readers_see_one_generation_at_every_moment_of_a_push(
+    memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generations: Any
+) -> None:
+    old, new = generations(tmp_path)
 
     def begin() -> None:
         ls.push(old, "memory://a", card=False)
@@ -263,17 +255,6 @@ def test_over_an_adapter_of_peft(
     pushed = ls.push(new, "memory://a", overwrite=True)
     assert "adapter_model.bin" in pushed.removed
     assert there(memory, "/a") == NAMES
-
-
-def test_a_fleet_at_every_moment(
-    memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, new = fleet(tmp_path / "old"), fleet(tmp_path / "new", 9)
-
-    def begin() -> None:
-        ls.push(old, "memory://a", card=False)
-
-    check_at_every_moment(memory, monkeypatch, begin, new, content(old))
 
 
 def test_back_to_the_old_one_after_an_upload_that_was_cut_off(

@@ -36,8 +36,9 @@ import lorasmith as ls
 from lorasmith.cli import main
 from lorasmith.errors import LorasmithError
 from tests.io import support
-from tests.reliability import corpus
+from tests.reliability import corpus, corpus_models
 from tests.reliability.corpus import Hostile
+from tests.training import tiny
 
 #: Events of processes, of code from data, and of connections.
 FORBIDDEN = (
@@ -77,7 +78,7 @@ class Watch:
 
 
 #: Readers that every case goes through; the others only see ``corpus.EVERYWHERE``.
-QUICK = ("read", "load", "fleet")
+QUICK = ("read", "load", "fleet", "add", "check", "resume", "fuse", "compare")
 WATCH: Watch
 
 
@@ -196,6 +197,42 @@ class Bench:
 
         write_gguf(model, root / "gguf" / corpus.GGUF, "llama")
         self.gguf = root / "gguf"
+        self.tokenizer = tiny.make_tokenizer()
+        self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tiny = tiny.make_model(self.tokenizer)
+        support.attached(self.tiny, ls.LoRAConfig(r=2), "other")
+        #: What no reader may change.
+        self.models = (self.model, self.tiny)
+        router = ls.TaskRouter(self.tiny, self.tokenizer)
+        router.fit({"one": ["Count to 1."] * 4, "two": ["What is a cat?"] * 4})
+        self.router = router.save(root / "router")
+        self.rows = tiny.write_rows(root / "rows.jsonl")
+        self.run = root / "run"
+        self._train(self.run, resume="no")
+        # As if it had been killed in its last step.
+        for path in self.run.iterdir():
+            if path.name != corpus_models.STEP and path.is_file():
+                path.unlink()
+
+    def _train(self, output: Path, **changes: Any) -> object:
+        """A run on the model in memory, which has no more adapters afterwards than before."""
+        from lorasmith.training.config import AdapterOptions, TrainConfig
+        from lorasmith.training.trainer import train
+
+        settings: dict[str, Any] = {
+            "output": output,
+            "adapter": AdapterOptions(r=2),
+            "batch_size": 4,
+            "steps": 3,
+            "save_steps": 2,
+            "device": "cpu",
+            "dynamics": ("entropy",),
+        }
+        made = TrainConfig("tiny", str(self.rows), **{**settings, **changes})
+        result = train(made, model=self.tiny, tokenizer=self.tokenizer, progress=False)
+        ls.detach(self.tiny, "default")
+        ls.use(self.tiny, "other")
+        return result
 
     def adapter(self, path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         """The readers of an adapter."""
@@ -203,8 +240,11 @@ class Bench:
         yield "read", lambda: everything(ls.read_adapter(path))
         yield "load", lambda: ls.load(self.model, path)
         yield "fleet", lambda: ls.SharedSubspace.from_adapters([self.good, path])
+        yield "add", lambda: ls.SharedSubspace.load(self.fleet).add(path, "new")
         yield "info", lambda: Cli("info", path)
         yield "merge", lambda: Cli("merge", self.good, path, "-o", out)
+        shutil.copytree(self.fleet, out, dirs_exist_ok=True)
+        yield "fleet add", lambda: Cli("fleet", "add", out, path, "--id", "new")
         yield "compress", lambda: Cli("fleet", "compress", self.good, path, "-o", out)
         yield "diagnose", lambda: Cli("diagnose", self.base, path)
 
@@ -222,6 +262,27 @@ class Bench:
         yield "read", lambda: GgufModel(resolve_model(file))
         yield "info", lambda: Cli("info", file)
         yield "diagnose", lambda: Cli("diagnose", file, self.good)
+        yield "fuse", lambda: ls.fuse_checkpoint(file, self.good, self.root / "out", verify=False)
+
+    def routed(self, path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+        """The readers of a router."""
+        from lorasmith.fleet.router import check
+
+        yield "load", lambda: ls.TaskRouter.load(path, self.tiny, self.tokenizer)
+        yield "check", lambda: check(path)
+
+    def resumed(self, path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+        """The readers of a checkpoint."""
+        step, out = path / corpus_models.STEP, self.root / "out"
+        yield "resume", lambda: self._train(out, resume=str(step))
+
+    def model_files(self, path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+        """The readers of a base model."""
+        out = self.root / "out"
+        yield "fuse", lambda: ls.fuse_checkpoint(path, self.good, out, verify=False)
+        yield "compare", lambda: ls.diagnose(path, self.good)
+        yield "diagnose", lambda: Cli("diagnose", path, self.good)
+        yield "fuse by command", lambda: Cli("fuse", path, self.good, "-o", out)
 
 
 def parts(
@@ -246,6 +307,9 @@ def parts(
         "record": (bench.ours, corpus.RECORDS, lambda p: list(bench.adapter(p))[:3], nothing),
         "fleet": (bench.fleet, corpus.FLEETS, bench.subspace, nothing),
         "gguf": (bench.gguf, corpus.GGUFS, bench.header, nothing),
+        "router": (bench.router, corpus_models.ROUTERS, bench.routed, nothing),
+        "checkpoint": (bench.run, corpus_models.CHECKPOINTS, bench.resumed, nothing),
+        "base": (bench.base, corpus_models.BASES, bench.model_files, nothing),
     }
 
 
@@ -278,11 +342,11 @@ def run(output: Path, wanted: list[str]) -> None:
                 shutil.copytree(source, folder)
                 entry.spoil(folder)
                 after(folder)
-                size = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
+                size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
                 for reader, call in readers(folder):
                     if reader not in QUICK and case not in corpus.EVERYWHERE:
                         continue
-                    before = state_of(bench.model), files_of(root)
+                    before = [*map(state_of, bench.models), files_of(root)]
                     gc.collect()
                     rise, measured = peak()
                     WATCH.seen.clear()
@@ -300,7 +364,7 @@ def run(output: Path, wanted: list[str]) -> None:
                         memory=rise() if measured else None,
                         size=size,
                         unchanged=found["raised"] is None
-                        or before == (state_of(bench.model), files_of(root)),
+                        or before == [*map(state_of, bench.models), files_of(root)],
                         seen=list(WATCH.seen),
                         **found,
                     )

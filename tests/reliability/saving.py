@@ -269,6 +269,7 @@ def _checkpoint(work: Path) -> Kind:
     import torch
 
     from lorasmith.training import checkpoints
+    from lorasmith.training.states import save_state
 
     made = [_weights(seed) for seed in range(2)]
 
@@ -277,8 +278,8 @@ def _checkpoint(work: Path) -> Kind:
         checkpoints.remove_partial(path.parent)
         partial = checkpoints.partial_path(path.parent, 5)
         made[g % 2].save(partial, beside=True)
-        torch.save({"state": torch.full((50,), float(g))}, partial / "optimizer.pt")
-        for name in ("adapter_state.safetensors", "scheduler.pt", "rng_state.pth"):
+        save_state({"state": torch.full((50,), float(g))}, partial / "optimizer.safetensors")
+        for name in ("adapter_state.safetensors", "scheduler.safetensors", "rng_state.safetensors"):
             (partial / name).write_bytes(b"%d" % g * 100)
         checkpoints.write_json(partial / "run_state.json", {"g": g})
         checkpoints.write_json(partial / "trainer_state.json", {"g": g})
@@ -289,7 +290,7 @@ def _checkpoint(work: Path) -> Kind:
         problem = checkpoints.defect(path)
         if problem is not None:
             raise AssertionError(problem)
-        return _hash((path / "optimizer.pt").read_bytes())
+        return _hash((path / "optimizer.safetensors").read_bytes())
 
     return Kind("checkpoint", save, read, others=False, concurrent=False)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lorasmith.cli import main
-from lorasmith.errors import ConfigError, DataError, LorasmithError, ModelError
+from lorasmith.errors import ConfigError, DataError, ModelError
 from lorasmith.training import trainer
 from lorasmith.training.config import AdapterOptions, TrainConfig
 from lorasmith.training.data import load_rows
@@ -97,6 +97,9 @@ def test_bad_rows_show_before_the_model_is_loaded(
         train(config(data), progress=False)
     assert said in str(caught.value)
     assert caught.value.file == str(data)
+    assert caught.value.key is not None
+    assert caught.value.expected is not None
+    assert caught.value.got is not None
     if key:
         assert caught.value.key == key
     assert not (tmp_path / "out").exists()
@@ -243,9 +246,12 @@ def _ask(kind: str, cache: Path) -> None:
         load_rows("nobody/no-such-rows", cache_dir=cache)
 
 
-@pytest.mark.parametrize("kind", ["model", "data"])
+@pytest.mark.parametrize(("kind", "refusal"), [("model", ModelError), ("data", DataError)])
 def test_a_hub_out_of_reach_names_the_cache(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    refusal: type[ModelError | DataError],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """HF_HUB_OFFLINE is not set, and the address (RFC 5737) never answers."""
     from huggingface_hub import constants
@@ -255,7 +261,7 @@ def test_a_hub_out_of_reach_names_the_cache(
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", "http://192.0.2.1:9")
     began = time.monotonic()
-    with pytest.raises(LorasmithError) as caught:
+    with pytest.raises(refusal) as caught:
         _ask(kind, tmp_path)
     assert time.monotonic() - began < 5.0
     assert str(constants.HF_HUB_CACHE if kind == "model" else tmp_path) in str(caught.value.got)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from lorasmith.errors import NonFiniteLossError
 from lorasmith.training import checkpoints, trainer
 from lorasmith.training.config import AdapterOptions, TrainConfig
 from lorasmith.training.loss import LossOutput, model_loss_output
+from lorasmith.training.states import TREE
 from lorasmith.training.trainer import train
 from tests.training.tiny import save_tiny, write_rows
 
@@ -61,10 +64,13 @@ def numbers_on_disk(folder: Path) -> int:
 
     count = 0
     for path in folder.rglob("*"):
+        assert path.suffix not in (".pt", ".pth", ".bin"), path
         if path.suffix == ".safetensors":
-            values: list[Any] = list(load_file(str(path)).values())
-        elif path.suffix in (".pt", ".pth"):
-            values = [torch.load(path, weights_only=False)]
+            tensors = load_file(str(path))
+            # How a state says of a number that it is not finite.
+            tree = tensors.get(TREE, torch.zeros(0, dtype=torch.uint8)).numpy().tobytes()
+            assert b'{"float":' not in tree, path
+            values: list[Any] = list(tensors.values())
         elif path.suffix == ".json":
             found: list[str] = []
             json.loads(path.read_text(encoding="utf-8"), parse_constant=found.append)
@@ -195,7 +201,7 @@ def test_an_evaluation_that_is_not_finite_is_said(
     monkeypatch.setattr(trainer, "model_loss_output", poisoned)
     with caplog.at_level(logging.WARNING, "lorasmith"):
         result = train(
-            _config(base, tmp_path, steps=2, save_steps=None, eval_split=0.2, eval_steps=1),
+            _config(base, tmp_path, steps=2, save_steps=1, eval_split=0.2, eval_steps=1),
             progress=False,
         )
     assert "evaluation loss is not finite at step 1: inf" in caplog.text
@@ -204,3 +210,18 @@ def test_an_evaluation_that_is_not_finite_is_said(
     assert written["evaluations"][0]["loss"] is None
     assert written["evaluations"][1]["loss"] > 0
     numbers_on_disk(tmp_path / "out")
+    # A run that goes on from there knows that there was an evaluation, of no number.
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")
+    again = train(
+        _config(
+            *(base, tmp_path),
+            steps=2,
+            save_steps=1,
+            eval_split=0.2,
+            eval_steps=1,
+            resume="last",
+        ),
+        progress=False,
+    )
+    assert math.isnan(again.evaluations[0].loss)
+    assert again.evaluations[1].loss == result.evaluations[1].loss

@@ -14,6 +14,7 @@ import lorasmith as ls
 from lorasmith.errors import ConfigError
 from lorasmith.training import trainer
 from lorasmith.training.config import AdapterOptions, TrainConfig
+from lorasmith.training.states import load_state
 from tests.models import llama, mlp
 from tests.training.tiny import save_tiny, write_rows
 
@@ -190,7 +191,7 @@ def test_training_runs_at_both_rates(base: Path, rows: Path, tmp_path: Path) -> 
     )
     # What is reported is the rate of A.
     assert max(p.learning_rate for p in result.losses) <= 1e-3
-    state = torch.load(tmp_path / "a" / "checkpoint-3" / "optimizer.pt", weights_only=True)
+    state = load_state(tmp_path / "a" / "checkpoint-3" / "optimizer.safetensors")
     slow, fast = state["param_groups"]
     assert (slow["name"], fast["name"]) == ("matrices", "faster matrices")
     assert fast["lr"] == pytest.approx(16 * slow["lr"])

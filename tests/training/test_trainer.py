@@ -309,9 +309,9 @@ def test_a_damaged_checkpoint_is_skipped_with_a_message(
 
 _MISSING = {
     "no-manifest": "manifest.json",
-    "no-optimizer": "optimizer.pt",
-    "no-scheduler": "scheduler.pt",
-    "no-rng": "rng_state.pth",
+    "no-optimizer": "optimizer.safetensors",
+    "no-scheduler": "scheduler.safetensors",
+    "no-rng": "rng_state.safetensors",
     "no-adapter": "adapter_model.safetensors",
 }
 
@@ -332,9 +332,9 @@ def test_no_silent_restart(run: Run) -> None:
         run("out", resume="last")
     run("out", steps=4, save_steps=4)
     path = run.folder / "out" / "checkpoint-4"
-    (path / "optimizer.pt").unlink()
+    (path / "optimizer.safetensors").unlink()
     for resume in ("last", "auto", str(path)):
-        with pytest.raises(TrainingError, match=r"optimizer\.pt is missing"):
+        with pytest.raises(TrainingError, match=r"optimizer\.safetensors is missing"):
             run("out", steps=4, resume=resume)
 
 

@@ -62,10 +62,12 @@ class BaseModel:
         )
         if self.adapter is not None:
             import lorasmith as ls
+            from lorasmith.io.hub import locate
             from lorasmith.io.tokenizers import check_tokenizer
 
+            folder = locate(self.adapter)  # once: the hub may have another by the second time
             check_tokenizer(
-                ls.read_adapter(self.adapter).base.tokenizer,
+                ls.read_adapter(folder).base.tokenizer,
                 tokenizer,
                 allow=self.allow_tokenizer_mismatch,
                 file=self.adapter,
@@ -74,7 +76,7 @@ class BaseModel:
             )
             ls.load(
                 base,
-                self.adapter,
+                folder,
                 dequantize=self.dequantize,
                 allow_base_mismatch=self.allow_base_mismatch,
             )

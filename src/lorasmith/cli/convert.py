@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from rich.console import Console
 
+from lorasmith.cli.adapter_output import check_output
 from lorasmith.cli.output import Common, CommonOptions, emit, grid, number, session
 from lorasmith.errors import ConfigError
 
@@ -75,20 +76,12 @@ def convert(
         given: dict[str, Any] = {k: v for k, v in (("r", r), ("alpha", alpha)) if v is not None}
         if r is None and alpha is not None:
             raise ConfigError("--alpha goes with --r.", fix="give --r as well", key="--alpha")
-        if output.exists() and Path(adapter).exists() and output.samefile(adapter):
-            raise ConfigError(
-                "The LoRA would take the place of the adapter that it is made from.",
-                got=output,
-                fix="choose another directory",
-                key="--output",
-            )
-        if not overwrite and (output / "adapter_config.json").exists():
-            raise ConfigError(
-                "There is an adapter in the output directory already.",
-                got=output,
-                fix="choose another one, or give --overwrite",
-                key="--output",
-            )
+        check_output(
+            output,
+            overwrite,
+            [adapter],
+            "The LoRA would take the place of the adapter that it is made from.",
+        )
         base = None
         if model is not None:
             from lorasmith.training.models import load_model

@@ -145,11 +145,15 @@ def analyze(
                 allow_base_mismatch=allow_base_mismatch,
                 progress=progress,
             )
+            covered = (
+                {}
+                if subspace is None
+                else _coverage(given, subspace, allow_base_mismatch, progress)
+            )
         groups = analysis.clusters(similar, count=clusters, threshold=threshold, method=linkage)
         odd = analysis.outliers(similar, alpha=alpha)
         pairs = analysis.redundancy(similar, threshold=redundant)
         points = analysis.embedding(similar)
-        covered = _coverage(given, subspace, allow_base_mismatch) if subspace is not None else {}
         written = _draw(similar, groups, points, plot)
         payload = {
             **similar.to_dict(),
@@ -349,20 +353,27 @@ def _is_fleet(path: str) -> bool:
         return False  # whoever opens it as an adapter says what is wrong
 
 
-def _coverage(given: Any, subspace: str, allow_base_mismatch: bool) -> dict[str, float]:
+def _coverage(
+    given: Any, subspace: str, allow_base_mismatch: bool, progress: Any
+) -> dict[str, float]:
     from lorasmith.fleet.analysis import coverage
     from lorasmith.fleet.members import open_members
     from lorasmith.fleet.subspace import SharedSubspace
 
     whole = SharedSubspace.load(subspace)
     members = open_members(given, allow_base_mismatch=allow_base_mismatch)
-    return {m.id: coverage(m, whole).share for m in members}
+    found: dict[str, float] = {}
+    for member in members:
+        found[member.id] = coverage(member, whole).share
+        if progress is not None:
+            progress("coverage", len(found), len(members))
+    return found
 
 
 def _validated(
     paths: Sequence[str], allow_base_mismatch: bool, progress: Any
 ) -> dict[str, list[str]]:
-    from lorasmith.fleet.members import check_base, expand, open_members
+    from lorasmith.fleet.members import BaseCheck, expand, open_members
     from lorasmith.fleet.store import validate as validate_fleet
 
     checked: dict[str, list[str]] = {}
@@ -375,7 +386,7 @@ def _validated(
             single += expand([path])
         except LorasmithError as error:
             checked[path] = [str(error)]
-    sound: list[Member] = []
+    base = BaseCheck(allow_base_mismatch=allow_base_mismatch)
     for done, path in enumerate(single):
         name = str(path)
         try:
@@ -383,18 +394,13 @@ def _validated(
             for module in member.modules:
                 member.factors(module)
             _check_rest(member)
-            if sound:
-                check_base([sound[0], member], allow_base_mismatch=allow_base_mismatch)
-            sound.append(member)
+            base.add(member)
             checked[name] = []
         except LorasmithError as error:
             checked[name] = [str(error)]
         if progress is not None:
             progress("validate", done + 1, len(single))
-    try:
-        check_base(sound, allow_base_mismatch=allow_base_mismatch)
-    except LorasmithError as error:
-        checked[error.file or sound[-1].id] = [str(error)]
+    base.warn()
     return checked
 
 
@@ -605,7 +611,7 @@ def _range(values: Sequence[float]) -> str:
 def _size(count: int) -> str:
     size = float(count)
     for unit in ("B", "kB", "MB"):
-        if size < 1000:
+        if float(f"{size:.3g}") < 1000:  # as it is shown: 999.7 is 1000 there
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} GB"

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from lorasmith.cli.base_model import BaseModel, BaseModelOptions
 from lorasmith.cli.output import Common, CommonOptions, emit, grid, number, session, stderr
-from lorasmith.errors import ConfigError, UnknownNameError
+from lorasmith.errors import ConfigError
 from lorasmith.progress import bar
 
 if TYPE_CHECKING:
@@ -176,14 +176,11 @@ def _sources(examples: tuple[str, ...]) -> dict[str, str]:
 
 
 def _check_known(tasks: tuple[str, ...], known: tuple[str, ...]) -> None:
+    from lorasmith.fleet.members import unknown_id
+
     for task in tasks:
         if task not in known:
-            raise UnknownNameError(
-                f"The fleet has no task {task!r}.",
-                expected=", ".join(known[:6]) + (", …" if len(known) > 6 else ""),
-                got=task,
-                key="examples",
-            )
+            raise unknown_id(f"The fleet has no task {task!r}.", task, known, key="examples")
 
 
 def _prompts(source: str, limit: int, seed: int) -> list[Prompt]:

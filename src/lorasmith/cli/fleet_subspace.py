@@ -37,7 +37,8 @@ def compress(
     """Put many adapters into one shared subspace.
 
     Everything that an adapter is made of is kept: configuration, magnitudes, saved modules. Its
-    change of the weights is kept up to --error, rounding (--quantize) included.
+    change of the weights is kept up to --error, rounding (--quantize) included. Of a fleet that
+    is compressed again the errors are bounds: what it had lost before is in them.
 
     Parameters
     ----------
@@ -87,7 +88,10 @@ def compress(
             )
         started = time.perf_counter()
         given = sources_of(paths)
-        if not isinstance(given, dict):  # a fleet that is compressed already brings its ids
+        before = None
+        if isinstance(given, dict):  # a fleet that is compressed already brings its ids
+            before = SharedSubspace.load(paths[0])
+        else:
             given = expand(given)
         with bar(stderr(), shown=not common.quiet) as progress:
             if stream:
@@ -112,6 +116,8 @@ def compress(
                     allow_base_mismatch=allow_base_mismatch,
                     progress=progress,
                 )
+        if before is not None:
+            fleet.inherit(before)
         fleet.save(output)
         seconds = time.perf_counter() - started
         stats = fleet.stats()
@@ -185,22 +191,23 @@ def add(
         Even if it names another base model.
     """  # noqa: D405, D411, D416 - a parameter is called as a section is
     with session(common):
+        from lorasmith.fleet.members import default_ids
         from lorasmith.fleet.subspace import SharedSubspace
+        from lorasmith.progress import bar
 
         whole = SharedSubspace.load(fleet)
+        name = default_ids([adapter])[0] if id is None else id
         payload: dict[str, Any] = {"fleet": str(fleet)}
-        if absorb:
-            done = whole.absorb(
-                [adapter] if id is None else {id: adapter},
-                error=error,
-                allow_base_mismatch=allow_base_mismatch,
-            )
-            payload["moved"] = dict(done.moved)
-            (made,) = done.added
-        else:
-            made = whole.add(adapter, id, error=error, allow_base_mismatch=allow_base_mismatch)
+        options: dict[str, Any] = {"error": error, "allow_base_mismatch": allow_base_mismatch}
+        with bar(stderr(), shown=not common.quiet) as progress:
+            if absorb:
+                done = whole.absorb({name: adapter}, progress=progress, **options)
+                payload["moved"] = dict(done.moved)
+                (made,) = done.added
+            else:
+                made = whole.add(adapter, name, progress=progress, **options)
         whole.save(fleet)
-        payload |= {**made.to_dict(), "stats": whole.stats().to_dict()}
+        payload |= {"added": made.to_dict(), "stats": whole.stats().to_dict()}
 
         def render(console: Console) -> None:
             console.print(grid(_added(made, whole, payload.get("moved"))))
@@ -301,7 +308,7 @@ def export(
             "fleet": fleet,
             "id": id,
             "output": str(output),
-            "error": whole.errors[id],
+            "errors": {id: whole.errors[id]},
             "parameters": made.num_parameters,
             "config": made.config.to_dict(),
         }

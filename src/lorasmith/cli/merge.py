@@ -15,6 +15,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
+from lorasmith.cli.adapter_output import check_output
 from lorasmith.cli.output import Common, CommonOptions, emit, grid, number, session, stderr
 from lorasmith.errors import ConfigError, LorasmithError
 
@@ -121,6 +122,7 @@ def merge(
         from lorasmith.fleet.merge import get_method
         from lorasmith.fleet.merge import merge as run
         from lorasmith.fleet.merge.merging import check_weights
+        from lorasmith.io.weights import check_target
         from lorasmith.progress import bar
 
         started = time.perf_counter()
@@ -129,7 +131,14 @@ def merge(
             raise ConfigError("There is no adapter to merge.", key="adapters")
         if not chosen:
             raise ConfigError("There is no method.", expected="e.g. ties", key="--method")
-        _check_output(output, adapters, overwrite)
+        check_output(
+            output,
+            overwrite,
+            adapters,
+            "The merge would take the place of an adapter that it is made from.",
+        )
+        # Before the work, and not after it.
+        check_target(output)
         if (len(chosen) > 1 or search) and not eval:
             raise ConfigError(
                 "What is best cannot be told without data.",
@@ -258,27 +267,6 @@ def merge(
 
 
 # What was asked for -----------------------------------------------------------------------------
-
-
-def _check_output(output: Path, adapters: Sequence[str], overwrite: bool) -> None:
-    from lorasmith.io.weights import check_target
-
-    if any(output.exists() and Path(a).exists() and output.samefile(a) for a in adapters):
-        raise ConfigError(
-            "The merge would take the place of an adapter that it is made from.",
-            got=output,
-            fix="choose another directory",
-            key="--output",
-        )
-    if not overwrite and (output / "adapter_config.json").exists():
-        raise ConfigError(
-            "There is an adapter in the output directory already.",
-            got=output,
-            fix="choose another one, or give --overwrite",
-            key="--output",
-        )
-    # Before the work, and not after it.
-    check_target(output)
 
 
 def _numbers(text: str | None) -> list[float] | None:

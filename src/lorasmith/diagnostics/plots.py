@@ -32,13 +32,14 @@ no unit.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -98,7 +99,8 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 300) -> Path:
     """Writes a figure, on white, in the form that the suffix asks for.
 
-    Equal figures give equal files. In SVG and PDF text stays text.
+    Equal figures give equal files. In SVG and PDF text stays text. Who opens the file meanwhile
+    finds the old one or the new one (:mod:`lorasmith.io.atomic`).
 
     Args:
         figure: Any Matplotlib figure.
@@ -107,7 +109,10 @@ def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 300) -> Pat
 
     Raises:
         ConfigError: The suffix is another one.
+        OSError: It cannot be written; what was there is as it was.
     """
+    from lorasmith.io.atomic import replace_file  # loads PyTorch, which drawing does not need
+
     target = Path(path)
     form = target.suffix.lower().lstrip(".")
     if form not in ("png", "svg", "pdf"):
@@ -119,14 +124,21 @@ def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 300) -> Pat
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form)
+    buffer = io.BytesIO()
     with style(_font(figure.get_figwidth())):
-        figure.savefig(target, format=form, dpi=dpi, facecolor="white", metadata=metadata)
+        figure.savefig(buffer, format=form, dpi=dpi, facecolor="white", metadata=metadata)
+    data = buffer.getvalue()
     if form == "svg":
         # Names of clip paths hold addresses of memory.
-        text = target.read_text(encoding="utf-8")
+        text = data.decode("utf-8")
         for number, name in enumerate(re.findall(r'<clipPath id="(\w+)"', text)):
             text = text.replace(name, f"clip-{number}")
-        target.write_text(text, encoding="utf-8")
+        data = text.encode("utf-8")
+
+    def write(stream: BinaryIO) -> None:
+        stream.write(data)
+
+    replace_file(target, write)
     return target
 
 

@@ -21,7 +21,6 @@ import os
 import re
 import shlex
 import warnings
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from lorasmith.export.layout import find_base, layout_of
 from lorasmith.export.ollama import MODELFILE, modelfile, tokenizer_format
 from lorasmith.export.plain import Progress, as_plain, needs_weights, pair_rank
 from lorasmith.export.servers import SERVERS, command, max_lora_rank, served
-from lorasmith.io.atomic import replace_files
+from lorasmith.io.atomic import explained_failure, replace_files
 from lorasmith.io.convert import Conversion
 from lorasmith.io.files import read_adapter
 from lorasmith.io.models import ResolvedModel, load_config
@@ -241,7 +240,8 @@ def export_adapter(
             ).rounding
             (folder / MODELFILE).write_text(text, encoding="utf-8")
 
-        _replace(target, (FILE, MODELFILE), write)
+        with explained_failure("The export", target):
+            replace_files(target, (FILE, MODELFILE), write)
         commands = (
             f"llama-cli -m {_quoted(layout.file or 'BASE.gguf')} --lora {_quoted(target / FILE)}",
             f"ollama create {label} -f {_quoted(target / MODELFILE)}",
@@ -268,6 +268,7 @@ def export_adapter(
         rank=rank if conversion is None else None,
         dtype=dtype or "auto",
         layers=_count(found) if server.whole else None,
+        rows=_rows(found) if server.stacked else None,
         progress=progress,
     )
     if made.padded:
@@ -277,7 +278,12 @@ def export_adapter(
     if made.added:
         notes.append(
             f"{made.added} layers that the adapter leaves alone got factors of zeros: "
-            f"{server.title} leaves out kinds of layers of which one is missing."
+            f"{server.title} "
+            + (
+                "stacks q, k and v, and gate and up, and takes none of them alone."
+                if server.stacked
+                else "leaves out kinds of layers of which one is missing."
+            )
         )
     if server.whole and found is None:
         notes.append(
@@ -414,6 +420,20 @@ def _count(base: ResolvedModel | None) -> int | None:
     return count if isinstance(count, int) else None
 
 
+def _rows(base: ResolvedModel | None) -> dict[str, int]:
+    """Rows of the base model's q and v, if it is at hand and says so in the usual words."""
+    if base is None:
+        return {}
+    config = load_config(base).get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    width = getattr(config, "hidden_size", None)
+    if type(heads) is not int or type(width) is not int or heads < 1:
+        return {}
+    size = getattr(config, "head_dim", None) or width // heads
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    return {"q_proj": heads * size, "v_proj": keys * size}
+
+
 def _about(conversion: Conversion) -> str:
     if conversion.error > 0.1:
         warnings.warn(
@@ -478,14 +498,3 @@ def _quoted(path: Path | str) -> str:
 
 def _files(path: Path) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in path.iterdir() if entry.is_file()))
-
-
-def _replace(target: Path, owned: Collection[str], write: Any) -> None:
-    try:
-        replace_files(target, owned, write)
-    except OSError as error:
-        raise AdapterFileError(
-            f"The export could not be written: {error}.",
-            file=target,
-            fix="check free space and permissions of the directory above",
-        ) from error

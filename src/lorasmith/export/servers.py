@@ -14,6 +14,10 @@ themselves (files read in November 2026):
 * **SGLang** (``lora_config.py`` at 0ceb81f, ``lora.py``, ``lora_manager.py``, ``mem_pool.py`` in
   ``python/sglang/srt/lora``): scaling is ``lora_alpha / r`` whatever ``use_rslora`` says; DoRA and
   added tokens are refused; r is at most ``--max-lora-rank``; later versions notice patterns.
+  q, k and v of a layer are stacked into one, and gate and up (``normalize_qkv_proj``,
+  ``normalize_gate_up_proj`` in ``lora.py`` of 2025 and 2026). A missing k or up is taken for
+  zeros; a missing v beside a q is a ``KeyError``; without a q, or without a gate, nothing is
+  stacked, and what there is stands under names that no buffer has.
 * **TGI** (``server/text_generation_server/adapters/lora.py`` at 45d95bd): ``use_rslora`` counts,
   patterns do not; DoRA's magnitudes are left out without a word. So is a kind of layer (all
   ``q_proj``) that is not adapted in *every* layer of the model.
@@ -21,7 +25,8 @@ themselves (files read in November 2026):
 So the same directory serves all: plain LoRA, one rank r (narrower pairs padded with zeros), one
 scaling alpha / r (what differs is in B), no rank-stabilised scaling, no patterns, no name of an
 initialisation, the targets as a list of names. For TGI, layers that the adapter leaves alone get
-factors of zeros. See ``lorasmith.export.plain`` for when this is exact.
+factors of zeros; for SGLang q, v and gate do where another of their stack is adapted. See
+``lorasmith.export.plain`` for when this is exact.
 """
 
 from __future__ import annotations
@@ -70,17 +75,19 @@ class Server:
         title: What it calls itself.
         ranks: What its limit on ranks may be, or ``()`` for any number.
         whole: Whether a kind of layer must be adapted in all layers or in none.
+        stacked: Whether q and v must be there wherever one of q, k, v is, and gate beside up.
     """
 
     name: str
     title: str
     ranks: tuple[int, ...] = ()
     whole: bool = False
+    stacked: bool = False
 
 
 SERVERS: Mapping[str, Server] = {
     "vllm": Server("vllm", "vLLM", VLLM_RANKS),
-    "sglang": Server("sglang", "SGLang"),
+    "sglang": Server("sglang", "SGLang", stacked=True),
     "tgi": Server("tgi", "TGI", whole=True),
 }
 
@@ -135,6 +142,7 @@ def served(
     rank: int | None = None,
     dtype: str = "auto",
     layers: int | None = None,
+    rows: Mapping[str, int] | None = None,
     progress: Progress | None = None,
 ) -> Served:
     """A plain LoRA in the form that a server takes.
@@ -146,11 +154,14 @@ def served(
         dtype: ``"float32"``, ``"float16"``, ``"bfloat16"``, or ``"auto"``: as it is stored, but
             float32 where B has to be multiplied by something other than powers of two.
         layers: Number of layers of the base model, for servers that want all of a kind.
+        rows: d_out of the base model's ``q_proj`` and ``v_proj``, for servers that stack them;
+            needed only where the adapter does not tell.
         progress: Called with (phase, done, total).
 
     Raises:
         ConfigError: The rank or the dtype is not possible.
-        AdapterFileError: A value is not finite, or too large for the numbers chosen.
+        AdapterFileError: A value is not finite, or too large for the numbers chosen; or one of a
+            stack is missing, and its size is not known.
     """
     if dtype not in (*DTYPES, "auto"):
         raise ConfigError(
@@ -191,6 +202,8 @@ def served(
         if progress is not None:
             progress("writing", done, len(ranks))
     added = _fill(tensors, layers) if server.whole else 0
+    if server.stacked:
+        added += _complete(tensors, rows or {}, server.title, weights)
     return Served(
         _assemble(weights, uniform(_config(weights), r, scaling), tensors, bool(added)),
         r,
@@ -240,6 +253,50 @@ def _fill(tensors: dict[str, dict[str, Tensor]], layers: int | None) -> int:
             if index not in found:
                 name = kind.replace("#", str(index))
                 tensors[name] = {label: torch.zeros_like(value) for label, value in like.items()}
+                added += 1
+    return added
+
+
+#: Of what is stacked: what must be there, and the others.
+_STACKS = ((("q_proj", "v_proj"), ("k_proj",)), (("gate_proj",), ("up_proj",)))
+
+
+def _complete(
+    tensors: dict[str, dict[str, Tensor]],
+    rows: Mapping[str, int],
+    title: str,
+    weights: AdapterWeights,
+) -> int:
+    """Adds factors of zeros where one of a stack is missing; how many."""
+    known = dict(rows)
+    for name, pair in tensors.items():
+        known[name.rpartition(".")[2]] = pair["B"].shape[0]
+    # Keys and values have as many heads, and gates as many units.
+    for one, other in (("v_proj", "k_proj"), ("gate_proj", "up_proj")):
+        if one not in known and other in known:
+            known[one] = known[other]
+    added = 0
+    for name in list(tensors):
+        parent, _, leaf = name.rpartition(".")
+        for needed, others in _STACKS:
+            if leaf not in (*needed, *others):
+                continue
+            for missing in [n for n in needed if f"{parent}.{n}" not in tensors]:
+                if missing not in known:
+                    raise AdapterFileError(
+                        f"{title} stacks {', '.join((*needed, *others))}, and takes no adapter "
+                        f"without {missing}; how large it is, the adapter does not tell.",
+                        file=weights.path,
+                        key=f"{parent}.{missing}",
+                        expected=" and ".join(needed),
+                        got=leaf,
+                        fix="give the base model (--base), so that it can be filled with zeros",
+                    )
+                A, B = tensors[name]["A"], tensors[name]["B"]
+                tensors[f"{parent}.{missing}"] = {
+                    "A": torch.zeros_like(A),
+                    "B": B.new_zeros(known[missing], B.shape[1]),
+                }
                 added += 1
     return added
 

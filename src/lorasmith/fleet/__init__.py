@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+# At once, and not on first use as the others: whoever imports the module of the same name, as
+# ``analysis`` does, puts that in the place of the function.
+from lorasmith.fleet.similarity import similarity as similarity
+
 #: Name → module that defines it; loaded on first use (PEP 562).
 _EXPORTS = {
     "SharedSubspace": "lorasmith.fleet.subspace",
     "BudgetWarning": "lorasmith.fleet.records",
     "SubspaceTrainer": "lorasmith.fleet.trainable",
-    "similarity": "lorasmith.fleet.similarity",
     "redundancy": "lorasmith.fleet.analysis",
     "outliers": "lorasmith.fleet.analysis",
     "factor_gram": "lorasmith.fleet.similarity",
@@ -60,11 +63,10 @@ if TYPE_CHECKING:
     from lorasmith.fleet.router import TaskRouter as TaskRouter
     from lorasmith.fleet.similarity import SimilarityMatrix as SimilarityMatrix
     from lorasmith.fleet.similarity import factor_gram as factor_gram
-    from lorasmith.fleet.similarity import similarity as similarity
     from lorasmith.fleet.subspace import SharedSubspace as SharedSubspace
     from lorasmith.fleet.trainable import SubspaceTrainer as SubspaceTrainer
 
-__all__ = [*sorted(_EXPORTS)]  # noqa: PLE0604
+__all__ = ["similarity", *sorted(_EXPORTS)]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

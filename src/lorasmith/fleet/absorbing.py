@@ -1,32 +1,81 @@
 """Extending a shared subspace by adapters: the steps of ``SharedSubspace.absorb``.
 
-The formulas are those of :mod:`lorasmith.fleet.incremental`. Layers come back in float32; who
-called quantises them again.
+The formulas are those of :mod:`lorasmith.fleet.incremental`. From :func:`absorb_joint` and
+:func:`absorb_share` layers come back in float32; :func:`absorb` rounds them again as they were.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lorasmith.fleet import incremental, share
-from lorasmith.fleet.building import Target, absent, coded, joint_pairs, pair_costs
+from lorasmith.fleet import incremental, parallel, share
+from lorasmith.fleet.accounting import distances
+from lorasmith.fleet.building import Progress, Target, absent, coded, joint_pairs, pair_costs
 from lorasmith.fleet.codec import Rows
-from lorasmith.fleet.codes import LOADINGS, Code, Layer
+from lorasmith.fleet.codes import LOADINGS, PARTS, Code, Layer
 from lorasmith.fleet.incremental import orthonormal, square
 from lorasmith.fleet.joint import choose, lost
 from lorasmith.fleet.members import Member
+from lorasmith.fleet.options import Basis
+from lorasmith.fleet.quantizing import requantise
 from lorasmith.fleet.records import Adapter
 from lorasmith.fleet.trimming import trim
 
-__all__ = ["absorb_joint", "absorb_share"]
+__all__ = ["absorb", "absorb_joint", "absorb_share"]
 
 #: Numbers of products of factors with components that are kept at a time.
 _PRODUCTS = 2**23
+
+
+def absorb(
+    layers: Sequence[Layer],
+    old: Sequence[Adapter],
+    new: Sequence[Adapter],
+    members: Sequence[Member],
+    allowed: float,
+    most: int | None,
+    *,
+    basis: Basis,
+    gauge: str | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[Layer], Tensor, bool]:
+    """The layers with further adapters in them, cut to a budget, stored in the codecs they had.
+
+    Args:
+        layers: As they are; not changed. There is at least one.
+        old: The adapters that are in them.
+        new: Records of the further ones; ‖ΔW‖² of each layer is entered.
+        members: These adapters.
+        allowed: The most that any adapter may lose; 0 cuts nothing.
+        most: In its place: the largest number of directions or components.
+        basis: Which basis.
+        gauge: In which the factors of a Share fleet are; ``"aligned"`` by default.
+        progress: Called with (phase, layers done, layers).
+
+    Returns:
+        New layers; ‖ΔŴ − ΔŴ'‖² [N, L] that each adapter was moved by; and whether the layers were
+        rounded, which is in that of the old adapters, and not yet in that of the new ones.
+    """
+    codecs = {name: getattr(layers[0], name).codec for name in PARTS}
+    if basis == "share":
+        made, moved = absorb_share(
+            layers, old, new, members, allowed, most, gauge or "aligned", progress=progress
+        )
+    else:
+        made, moved = absorb_joint(layers, old, new, members, allowed, most, progress=progress)
+    rounds = any(codec != "float32" for codec in codecs.values())
+    if rounds:
+        for place, (was, layer) in enumerate(zip(layers, made, strict=True)):
+            requantise(layer, codecs)
+            moved[: len(old), place] = distances(was, layer, len(old))
+            if progress is not None:
+                progress("rounding", place + 1, len(layers))
+    return made, moved, rounds
 
 
 def absorb_joint(
@@ -36,6 +85,8 @@ def absorb_joint(
     members: Sequence[Member],
     allowed: float,
     most: int | None,
+    *,
+    progress: Progress | None = None,
 ) -> tuple[list[Layer], Tensor]:
     """The layers with further adapters in them, cut to a budget.
 
@@ -46,48 +97,30 @@ def absorb_joint(
         members: These adapters.
         allowed: The most that any adapter may lose; 0 cuts nothing.
         most: In its place: the largest number of directions or components.
+        progress: Called with ("bases" or "cores", layers done, layers).
 
     Returns:
         New layers, and ‖ΔŴ − ΔŴ'‖² [N, L] that each adapter was moved by.
     """
     layers = list(layers)
     everyone = [*old, *new]
-    turned: list[_Turned] = []
-    for place, layer in enumerate(layers):
-        lefts, rights = [], []
-        up, down = orthonormal(layer.up.unpack()), orthonormal(layer.down.unpack())
-        for code in layer.codes():
-            left, right = layer.wide(code)
-            if left.shape[0] > right.shape[1]:
-                left, right = right.mT @ left, torch.eye(right.shape[1])
-            lefts.append(left.to(torch.float64) @ up[1])
-            rights.append(right.to(torch.float64) @ down[1])
-        rows_A, rows_B = [], []
-        sizes = [x.shape[0] for x in lefts]
-        for member, adapter in zip(members, new, strict=True):
-            if layer.module not in member.modules:
-                sizes.append(0)
-                continue
-            factors = member.factors(layer.module)
-            rows_A.append(factors.A)
-            rows_B.append(factors.B.mT)
-            sizes.append(factors.rank)
-            adapter.energy[place] = square(factors.A, factors.B.mT)
-        state = incremental.Turned(
-            up[0],
-            down[0],
-            torch.cat([torch.zeros(0, len(up[0]), dtype=torch.float64), *lefts]),
-            torch.cat([torch.zeros(0, len(down[0]), dtype=torch.float64), *rights]),
-        )
-        if rows_A:
-            state = incremental.extend(state, torch.cat(rows_A), torch.cat(rows_B))
-        turned.append(_Turned(state, sizes))
+
+    def teller(phase: str) -> Callable[[int], None] | None:
+        return None if progress is None else lambda n: progress(phase, n, len(layers))
+
+    def first(place: int) -> _Turned:
+        return _extended(layers[place], new, members, place)
+
+    turned = parallel.each(first, range(len(layers)), tell=teller("bases"))
     totals = torch.tensor([float(a.energy.sum()) for a in everyone], dtype=torch.float64)
     weights = torch.where(totals > 0, totals, torch.ones_like(totals)).reciprocal()
-    options = []
-    for place, one in enumerate(turned):
+
+    def turn(place: int) -> _Options:
+        one = turned[place]
         one.state, _, _ = incremental.rotate(one.state, one.sizes, weights)
-        options.append(one.options(layers[place].sizes, allowed, most))
+        return one.options(layers[place].sizes, allowed, most)
+
+    options = parallel.each(turn, range(len(layers)))
     # What may still be lost: from √ε to √budget of each adapter's norm.
     errors = torch.tensor([a.error for a in everyone], dtype=torch.float64)
     room = (math.sqrt(allowed) - errors.sqrt()).clamp_min(0).square() * totals
@@ -96,12 +129,15 @@ def absorb_joint(
     else:
         chosen = [len(o[2]) - 1 for o in options]
     moved = torch.zeros(len(everyone), len(layers), dtype=torch.float64)
-    for place, (one, option, c) in enumerate(zip(turned, options, chosen, strict=True)):
-        layer = layers[place]
+
+    def cut(place: int) -> Layer:
+        one, option, c = turned[place], options[place], chosen[place]
         a, b = option[2][c]
         whole = (a, b) == (one.state.up.shape[0], one.state.down.shape[0])
         moved[:, place] = 0 if whole else option[0][:, c]
-        layers[place] = one.layer(layer, a, b, len(old))
+        return one.layer(layers[place], a, b, len(old))
+
+    layers = parallel.each(cut, range(len(layers)), tell=teller("cores"))
     if allowed and most is None and not any(layer.diagonal for layer in layers):
         moved += trim(layers, room - moved.sum(1))
     return layers, moved
@@ -115,6 +151,8 @@ def absorb_share(
     allowed: float,
     most: int | None,
     gauge: str = "aligned",
+    *,
+    progress: Progress | None = None,
 ) -> tuple[list[Layer], Tensor]:
     """The layers with further adapters in them, cut to a budget.
 
@@ -126,6 +164,7 @@ def absorb_share(
         allowed: The most that any adapter may lose; 0 cuts nothing.
         most: In its place: the largest number of directions or components.
         gauge: In which the factors of the fleet are.
+        progress: Called with ("factors" or "components", layers done, layers).
 
     Returns:
         New layers, and ‖ΔŴ − ΔŴ'‖² [N, L] that each adapter was moved by.
@@ -136,73 +175,124 @@ def absorb_share(
     if highest > layers[0].width:
         layers = [_widened(layer, highest) for layer in layers]
     moved = torch.zeros(len(everyone), len(layers), dtype=torch.float64)
-    gathered = []
-    for place, layer in enumerate(layers):
-        up, down = layer.up.unpack(), layer.down.unpack()
-        r = layer.width
-        rows_A: list[Tensor] = []
-        rows_B: list[Tensor] = []
-        who: list[int] = []
-        who.extend(n for n in range(len(old)) if layer.has(n))
-        present = layer.codes()
-        codes = [present[n] for n in who]
-        for k, member in enumerate(members):
-            if layer.module not in member.modules:
-                continue
-            factors = member.factors(layer.module)
-            new[k].energy[place] = square(factors.A, factors.B.mT)
-            A, B = share.placed(factors.A, factors.B.mT.contiguous(), down[:r], up[:r], gauge)
-            rows_A.append(A.flatten())
-            rows_B.append(B.flatten())
-            who.append(len(old) + k)
-        gathered.append((codes, rows_A, rows_B, who))
+
+    def teller(phase: str) -> Callable[[int], None] | None:
+        return None if progress is None else lambda n: progress(phase, n, len(layers))
+
+    def first(place: int) -> _Gathered:
+        return _gathered(layers[place], new, members, place, gauge)
+
+    gathered = parallel.each(first, range(len(layers)), tell=teller("factors"))
     totals = torch.tensor([float(a.energy.sum()) for a in everyone], dtype=torch.float64)
     scales = torch.where(totals > 0, totals, torch.ones_like(totals)).pow(0.25)
     room = [max(0.0, math.sqrt(allowed) - math.sqrt(a.error)) ** 2 for a in everyone]
-    for place, layer in enumerate(layers):
-        codes, rows_A, rows_B, who = gathered[place]
-        if not who:
-            continue
-        r = layer.width
+
+    def rebuild(place: int) -> Layer:
+        layer, found = layers[place], gathered[place]
+        if not found.who:
+            return layer
+        energy = torch.tensor([float(everyone[n].energy[place]) for n in found.who])
+        limit = energy.to(torch.float64) * torch.tensor(
+            [room[n] for n in found.who], dtype=torch.float64
+        )
         # An adapter that does nothing here has no part in the mean, and no loadings.
-        here = torch.tensor([float(everyone[n].energy[place]) > 0 for n in who])
-        sizes = torch.where(here, scales[who], torch.zeros_like(scales[who]))
-        sides = []
-        for basis, loads, rows in (
-            (layer.up.unpack(), [c.left for c in codes], rows_B),
-            (layer.down.unpack(), [c.right for c in codes], rows_A),
-        ):
-            flat = basis.reshape(-1, r * basis.shape[1])
-            sides.append(_share_side(flat, loads, rows, sizes))
-        (mean_B, axes_B, load_B), (mean_A, axes_A, load_A) = sides
-        full = max(axes_A.shape[0], axes_B.shape[0])
-        cut = _Cut(mean_A, mean_B, axes_A, axes_B, load_A, load_B, r)
-        limit = torch.tensor(
-            [room[n] * float(everyone[n].energy[place]) for n in who], dtype=torch.float64
+        sizes = torch.where(energy > 0, scales[found.who], 0.0)
+        made, gone = _share_cut(
+            layer, found, sizes, limit if allowed and most is None else None, most, len(everyone)
         )
-        k, gone = full, torch.zeros(len(who), dtype=torch.float64)
-        if most is not None and most < full:
-            k = most
-            gone = cut.loss(k)
-        elif allowed and most is None:
-            for tried in range(full):
-                gone_here = cut.loss(tried)
-                if bool((gone_here <= limit).all()):
-                    k, gone = tried, gone_here
-                    break
-        moved[who, place] = gone
-        layers[place] = _share_rebuilt(
-            layer,
-            mean_A,
-            mean_B,
-            axes_A[:k],
-            axes_B[:k],
-            load_A[:, : k + 1],
-            load_B[:, : k + 1],
-            who,
-            len(everyone),
-        )
-    return layers, moved
+        moved[found.who, place] = gone
+        return made
+
+    return parallel.each(rebuild, range(len(layers)), tell=teller("components")), moved
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """Codes of the old adapters of a layer, flat factors A (down) and B (up) of the new ones."""
+
+    codes: list[Code]
+    down: list[Tensor]
+    up: list[Tensor]
+    who: list[int]
+
+
+def _gathered(
+    layer: Layer, new: Sequence[Adapter], members: Sequence[Member], place: int, gauge: str
+) -> _Gathered:
+    """Codes of the old adapters and factors of the new ones, placed in the gauge.
+
+    ‖ΔW‖² of the new adapters is entered into their records.
+    """
+    up, down, r = layer.up.unpack(), layer.down.unpack(), layer.width
+    had = len(layer.index)
+    rows_A: list[Tensor] = []
+    rows_B: list[Tensor] = []
+    who = [n for n in range(had) if layer.has(n)]
+    present = layer.codes()
+    codes = [present[n] for n in who]
+    for k, member in enumerate(members):
+        if layer.module not in member.modules:
+            continue
+        factors = member.factors(layer.module)
+        new[k].energy[place] = square(factors.A, factors.B.mT)
+        A, B = share.placed(factors.A, factors.B.mT.contiguous(), down[:r], up[:r], gauge)
+        rows_A.append(A.flatten())
+        rows_B.append(B.flatten())
+        who.append(had + k)
+    return _Gathered(codes, rows_A, rows_B, who)
+
+
+def _share_cut(
+    layer: Layer,
+    found: _Gathered,
+    sizes: Tensor,
+    limit: Tensor | None,
+    most: int | None,
+    count: int,
+) -> tuple[Layer, Tensor]:
+    """The layer of all adapters, and ‖ΔŴ − ΔŴ'‖² of those that have it.
+
+    Args:
+        layer: As it was.
+        found: What it is made of.
+        sizes: [n], what rows are divided by for the statistics; 0 leaves one out of them.
+        limit: [n], what each adapter may be moved by; ``None`` for no cut but ``most``.
+        most: Components at most.
+        count: Adapters of the fleet.
+    """
+    r = layer.width
+    sides = []
+    for basis, loads, rows in (
+        (layer.up.unpack(), [c.left for c in found.codes], found.up),
+        (layer.down.unpack(), [c.right for c in found.codes], found.down),
+    ):
+        flat = basis.reshape(-1, r * basis.shape[1])
+        sides.append(_share_side(flat, loads, rows, sizes))
+    (mean_B, axes_B, load_B), (mean_A, axes_A, load_A) = sides
+    full = max(axes_A.shape[0], axes_B.shape[0])
+    cut = _Cut(mean_A, mean_B, axes_A, axes_B, load_A, load_B, r)
+    k, gone = full, torch.zeros(len(found.who), dtype=torch.float64)
+    if most is not None and most < full:
+        k = most
+        gone = cut.loss(k)
+    elif limit is not None:
+        for tried in range(full):
+            gone_here = cut.loss(tried)
+            if bool((gone_here <= limit).all()):
+                k, gone = tried, gone_here
+                break
+    made = _share_rebuilt(
+        layer,
+        mean_A,
+        mean_B,
+        axes_A[:k],
+        axes_B[:k],
+        load_A[:, : k + 1],
+        load_B[:, : k + 1],
+        found.who,
+        count,
+    )
+    return made, gone
 
 
 def _widened(layer: Layer, r: int) -> Layer:
@@ -216,6 +306,43 @@ def _widened(layer: Layer, r: int) -> Layer:
     return replace(layer, width=r, up=wide(layer.up), down=wide(layer.down))
 
 
+def _extended(
+    layer: Layer, new: Sequence[Adapter], members: Sequence[Member], place: int
+) -> _Turned:
+    """A layer whose basis spans the new adapters, too; ‖ΔW‖² is entered into their records."""
+    lefts, rights = [], []
+    up, down = orthonormal(layer.up.unpack()), orthonormal(layer.down.unpack())
+    for code in layer.codes():
+        left, right = layer.wide(code)
+        if left.shape[0] > right.shape[1]:
+            left, right = right.mT @ left, torch.eye(right.shape[1])
+        lefts.append(left)
+        rights.append(right)
+    sizes = [len(x) for x in lefts]
+    left, right = (
+        torch.cat([torch.zeros(0, len(T)), *rows]).to(torch.float64) @ T
+        for rows, (_, T) in ((lefts, up), (rights, down))
+    )
+    rows_A, rows_B = [], []
+    for member, adapter in zip(members, new, strict=True):
+        if layer.module not in member.modules:
+            sizes.append(0)
+            continue
+        factors = member.factors(layer.module)
+        rows_A.append(factors.A)
+        rows_B.append(factors.B.mT)
+        sizes.append(factors.rank)
+        adapter.energy[place] = square(factors.A, factors.B.mT)
+    state = incremental.Turned(up[0], down[0], left, right)
+    if rows_A:
+        state = incremental.extend(state, torch.cat(rows_A), torch.cat(rows_B))
+    return _Turned(state, sizes)
+
+
+#: (losses [N, options], bytes [options], (R_u, R_d) of each).
+_Options = tuple[Tensor, Tensor, list[tuple[int, int]]]
+
+
 @dataclass
 class _Turned:
     """A layer whose basis is being extended."""
@@ -223,10 +350,8 @@ class _Turned:
     state: incremental.Turned
     sizes: list[int]
 
-    def options(
-        self, sizes: tuple[int, int], allowed: float, most: int | None
-    ) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-        """(losses [N, options], bytes [options], (R_u, R_d) of each)."""
+    def options(self, sizes: tuple[int, int], allowed: float, most: int | None) -> _Options:
+        """What each cut of the basis loses, and what it costs."""
         Ru, Rd = self.state.up.shape[0], self.state.down.shape[0]
         if not Ru or not Rd:
             none = torch.zeros(len(self.sizes), 1, dtype=torch.float64)

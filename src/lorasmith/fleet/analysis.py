@@ -23,7 +23,9 @@ adapter factored its ΔW.
   (an outlier moves everybody else's score alike, which the test does not see; the median of so
   few raised up to 11 % false alarms), and *size*, ln ‖ΔW‖ to either side. α is shared among
   the three tests (Bonferroni). A statistical difference that is practically none is not
-  reported: at least ``min_gap`` of cosine, or a factor of 1.25 in size.
+  reported: at least ``min_gap`` of cosine, or a factor of 1.25 in size. An adapter that does
+  nothing (ΔW = 0) is always ``"small"`` where most others do something; it has no direction,
+  and so no part in the first score.
 * :func:`diff`: two adapters layer by layer, exactly: differences through QR of both factors
   side by side in float64, and principal angles of column and row spaces.
 * :func:`coverage`: the share of ‖ΔW‖² inside given subspaces, ‖U Uᵀ ΔW Vᵀ V‖² / ‖ΔW‖².
@@ -32,6 +34,10 @@ adapter factored its ΔW.
   half their distance away from either).
 * :func:`embedding`: classical multidimensional scaling (Torgerson 1952) of the unit vectors
   ΔW / ‖ΔW‖, from the eigenvectors of the centred cosines.
+
+ΔW = 0 has the cosine 0 with everything, itself included: in clusters it is a group by itself, on
+the map it is the origin of the unit vectors, and two such adapters stand in for each other.
+There is nothing of it to cover, so that all of it is covered.
 """
 
 from __future__ import annotations
@@ -241,7 +247,7 @@ class Outlier:
         kind: ``"direction"``, ``"large"`` or ``"small"``.
         score: Mean of 1 − cosine to the others, or ‖ΔW‖.
         typical: Median of that over the others.
-        deviate: R of the test when it was taken out.
+        deviate: R of the test when it was taken out; infinite if it does nothing at all.
         critical: λ, which R had to exceed.
     """
 
@@ -259,7 +265,8 @@ class Outliers:
 
     Attributes:
         found: The outliers, of each kind the most extreme one first.
-        scores: Adapter → mean of 1 − cosine to the others.
+        scores: Adapter → mean of 1 − cosine to the others that do something; 1 if it does
+            nothing itself, 0 if there are no others.
         norms: Adapter → ‖ΔW‖.
         alpha: Chance of any false alarm in a fleet without outliers.
         reason: Why nothing could be tested, or ``None``.
@@ -274,7 +281,10 @@ class Outliers:
     def to_dict(self) -> dict[str, Any]:
         """All of it in types that JSON can hold."""
         return {
-            "outliers": [asdict(o) for o in self.found],
+            "outliers": [
+                {**asdict(o), "deviate": o.deviate if math.isfinite(o.deviate) else None}
+                for o in self.found
+            ],
             "scores": dict(self.scores),
             "norms": dict(self.norms),
             "alpha": self.alpha,
@@ -311,30 +321,37 @@ def outliers(
         raise ConfigError("min_gap is negative.", got=min_gap, key="min_gap")
     if most is not None and not (type(most) is int and most >= 1):
         raise ConfigError("most is not a number of adapters.", got=repr(most), key="most")
-    gaps = 1.0 - similar.cosine
-    others = [np.delete(gaps[i], i) for i in range(n)]
-    scores = np.array([float(np.mean(o)) if len(o) else 0.0 for o in others])
+    moving = similar.norms > 0
+    gaps = 1.0 - similar.cosine[:, moving]
+    # To itself 1 − cosine is 0, or it is not among them.
+    scores = gaps.sum(axis=1) / np.maximum(moving.sum() - moving, 1)
     known = dict(zip(similar.ids, scores.tolist(), strict=True))
     norms = dict(zip(similar.ids, similar.norms.tolist(), strict=True))
     if n < FEWEST:
         return Outliers(
             (), known, norms, alpha, f"an outlier cannot be told among fewer than {FEWEST} adapters"
         )
-    rounds = min(max(1, n // 4) if most is None else most, n - 3)
+    if not moving.any():
+        return Outliers((), known, norms, alpha, "no adapter does anything")
+    rounds = max(1, n // 4) if most is None else most
+    sized = np.flatnonzero(moving).tolist()
     found: list[Outlier] = []
-    for place, deviate, critical in _extreme(scores, rounds, alpha / _TESTS):
-        typical = float(np.median(np.delete(scores, place)))
-        if scores[place] - typical >= min_gap:
-            score = float(scores[place])
-            found.append(
-                Outlier(similar.ids[place], "direction", score, typical, deviate, critical)
-            )
-    zero = [i for i, norm in enumerate(similar.norms) if norm == 0]
-    sized = [i for i in range(n) if i not in zero]
-    for place in zero:
-        typical = float(np.median(similar.norms))
-        if typical > 0:
-            found.append(Outlier(similar.ids[place], "small", 0.0, typical, math.inf, 0.0))
+    if len(sized) >= FEWEST:
+        for at, deviate, critical in _extreme(
+            scores[sized], min(rounds, len(sized) - 3), alpha / _TESTS
+        ):
+            place, rest = sized[at], np.delete(scores[sized], at)
+            score, typical = float(scores[place]), float(np.median(rest))
+            if score - typical >= min_gap:
+                found.append(
+                    Outlier(similar.ids[place], "direction", score, typical, deviate, critical)
+                )
+    typical = float(np.median(similar.norms))
+    found.extend(
+        Outlier(similar.ids[place], "small", 0.0, typical, math.inf, 0.0)
+        for place in np.flatnonzero(~moving).tolist()
+        if typical
+    )
     if len(sized) >= FEWEST:
         logs = np.log(similar.norms[sized])
         for kind, sign in (("large", 1.0), ("small", -1.0)):
@@ -748,7 +765,7 @@ class Coverage:
 
     Attributes:
         id: The adapter.
-        share: Of ‖ΔW‖² over all layers, in [0, 1].
+        share: Of ‖ΔW‖² over all layers, in [0, 1]; 1 of an adapter that does nothing.
         error: √(1 − share), the relative error of its best approximation in the subspace.
         layers: The same for each layer.
         missing: Layers that the subspace does not have; nothing of them is covered.

@@ -46,9 +46,10 @@ from lorasmith.fleet.building import Progress
 from lorasmith.fleet.codec import Codec, Rows, codec_of
 from lorasmith.fleet.incremental import square
 from lorasmith.fleet.members import Member, Source, open_members
+from lorasmith.fleet.options import Basis, check_choice, check_share
 from lorasmith.fleet.records import BudgetWarning, limit
 from lorasmith.fleet.share import distance
-from lorasmith.fleet.subspace import Basis, SharedSubspace, _check_choice, _share
+from lorasmith.fleet.subspace import SharedSubspace
 
 __all__ = ["Bytes", "FleetBenchmark", "Plain", "Seconds", "Setting", "benchmark"]
 
@@ -285,9 +286,9 @@ def benchmark(
     for name, given in (("errors", errors), ("bases", bases), ("codecs", codecs)):
         if not given:
             raise ConfigError("There is nothing to measure.", expected="at least one", key=name)
-    budgets = list(dict.fromkeys(_share("errors", e) for e in errors))
+    budgets = list(dict.fromkeys(check_share("errors", e) for e in errors))
     for basis in bases:
-        _check_choice("bases", basis, BASES)
+        check_choice("bases", basis, BASES)
     stored_as = list(dict.fromkeys(_codec(c) for c in codecs))
     if type(rounds) is not int or rounds < 1:
         raise ConfigError(

@@ -32,7 +32,7 @@ ABSENT, FULL, FACTORED, DIAGONAL, LOADINGS = range(5)
 #: The parts of a layer that hold numbers.
 PARTS = ("up", "down", "left", "right", "residual_up", "residual_down")
 #: Which column of the index counts the rows of a part.
-_COLUMNS = {"left": 1, "right": 2, "residual_up": 3, "residual_down": 3}
+COLUMNS = {"left": 1, "right": 2, "residual_up": 3, "residual_down": 3}
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +127,7 @@ class Layer:
         sizes = self.index.T.tolist()
         parts = [
             torch.split(getattr(self, name).unpack(), sizes[column])
-            for name, column in _COLUMNS.items()
+            for name, column in COLUMNS.items()
         ]
         return [Code(kind, *values) for kind, *values in zip(sizes[0], *parts, strict=True)]
 
@@ -191,7 +191,7 @@ class Layer:
 
     def drop(self, number: int) -> None:
         """Takes an adapter out."""
-        for name, column in _COLUMNS.items():
+        for name, column in COLUMNS.items():
             setattr(self, name, getattr(self, name).without(*self._span(number, column)))
         self.index = torch.cat((self.index[:number], self.index[number + 1 :]))
 

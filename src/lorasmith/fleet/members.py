@@ -23,7 +23,7 @@ Which adapters are refused, with the reason (``UnsupportedFeatureError``):
 
 Adapters of different base models are refused (``BaseMismatchError``): by fingerprint where
 both have one, else by the base's name where both have one, and always by the sizes of the
-layers that they share.
+layers that they share. Where there is nothing of the kind to compare, there is a warning.
 
 Ids are names, not paths: any non-empty text of at most 255 characters without control
 characters. By default the directory's name, or as much of the path as tells it from the others.
@@ -31,10 +31,13 @@ characters. By default the directory's name, or as much of the path as tells it 
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import re
 import unicodedata
+import warnings
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -60,20 +63,22 @@ from lorasmith.errors import (
 from lorasmith.io import peft
 from lorasmith.io.files import read_adapter
 from lorasmith.io.fingerprint import Fingerprint
-from lorasmith.io.hub import adapters_below, is_url
+from lorasmith.io.hub import adapters_below, is_url, release
 from lorasmith.io.tensors import MemoryTensors
 from lorasmith.io.weights import AdapterWeights, BaseModel, reason_for
 
 __all__ = [
+    "BaseCheck",
     "LayerFactors",
     "Member",
     "MemberRecord",
     "Source",
-    "check_base",
     "check_id",
+    "check_known",
     "expand",
     "open_members",
     "rebuild",
+    "unknown_id",
 ]
 
 #: What an adapter of a fleet can be given as.
@@ -294,7 +299,11 @@ def open_members(
             "Two adapters have the same id.", expected="unique ids", got=repr(twice[0]), key="ids"
         )
     members = [_open(n, source, needs) for n, source in zip(names, given, strict=True)]
-    check_base(members, allow_base_mismatch=allow_base_mismatch)
+    check = BaseCheck(allow_base_mismatch=allow_base_mismatch)
+    for member in members:
+        check.add(member)
+    if not all(isinstance(source, Member) for source in given):  # those were opened before
+        check.warn()
     return members
 
 
@@ -334,6 +343,34 @@ def check_id(name: object) -> str:
         expected=f"1 to {MAX_ID} characters, none of them a control character",
         got=repr(name)[:80],
         key="ids",
+    )
+
+
+def unknown_id(
+    what: str,
+    id: str,  # noqa: A002 - its name
+    ids: Sequence[str],
+    *,
+    key: str | None = None,
+) -> UnknownNameError:
+    """The error for an id that no adapter has, with those that are spelt alike.
+
+    Args:
+        what: What went wrong, a sentence.
+        id: The id.
+        ids: Those that there are.
+        key: The argument that it was given as.
+    """
+    plain = {name.casefold(): name for name in reversed(ids)}
+    near = difflib.get_close_matches(str(id).casefold(), plain, n=3)
+    return UnknownNameError(
+        what,
+        expected=", ".join(map(repr, ids[:6])) + (f", … ({len(ids)})" if len(ids) > 6 else "")
+        if ids
+        else "there is none",
+        got=repr(id),
+        fix=f"did you mean {' or '.join(repr(plain[n]) for n in near)}?" if near else None,
+        key=key,
     )
 
 
@@ -391,6 +428,9 @@ def _open(name: str, source: Source, needs: str) -> Member:
         weights = source
     else:
         weights = read_adapter(source)
+        if is_url(source) and weights.path is not None:
+            # A fleet has many: its copy goes when nothing is left that could read from it.
+            weakref.finalize(weights.tensors, release, Path(weights.path)).atexit = False
     _refuse_unsupported(name, weights)
     low_rank = weights.variant.name in _NATIVE
     if not low_rank and needs == "factors":
@@ -440,35 +480,53 @@ def _not_low_rank(name: str, weights: AdapterWeights) -> UnsupportedFeatureError
     )
 
 
-def check_base(members: Sequence[Member], *, allow_base_mismatch: bool = False) -> None:
-    """Raises a ``BaseMismatchError`` if two members were made for different base models.
+class BaseCheck:
+    """Whether adapters, shown one after the other, were made for one base model.
 
     Args:
-        members: The fleet.
         allow_base_mismatch: Compare nothing but the sizes of layers.
     """
-    printed: Member | None = None
-    named: dict[bool, Member] = {}
-    sizes: dict[str, tuple[tuple[int, int], Member]] = {}
-    for member in members:
+
+    def __init__(self, *, allow_base_mismatch: bool = False) -> None:
+        self._allow = allow_base_mismatch
+        self._first: Member | None = None
+        self._printed: Member | None = None
+        #: Whether it has a fingerprint → the first one with a name.
+        self._named: dict[bool, Member] = {}
+        self._sizes: dict[str, tuple[tuple[int, int], Member]] = {}
+        #: What ties adapters together (a fingerprint, a name, layers) → one of its group.
+        self._tied: dict[object, object] = {}
+        self._groups: dict[object, str] = {}
+
+    @property
+    def base(self) -> BaseModel:
+        """What is known of the base model, from the adapter that tells most."""
+        named = next(iter(self._named.values()), self._first)
+        telling = self._printed or named
+        return BaseModel() if telling is None else telling.weights.base
+
+    def add(self, member: Member) -> None:
+        """Takes one more.
+
+        Raises:
+            BaseMismatchError: It was made for another base model than those before.
+        """
         base = member.weights.base
-        if not allow_base_mismatch:
-            if base.fingerprint is not None:
-                if printed is None:
-                    printed = member
+        if not self._allow:
+            printed = self._printed
+            if base.fingerprint is not None and printed is not None:
                 assert printed.weights.base.fingerprint is not None
                 difference = printed.weights.base.fingerprint.compare(base.fingerprint)
                 if not difference.same:
                     raise _mismatch(printed, member, str(difference))
-            if base.name is not None:
-                # Names count where there is no fingerprint on one side or the other.
-                for having, other in named.items():
-                    both = having and base.fingerprint is not None
-                    if not both and other.weights.base.name != base.name:
-                        raise _mismatch(other, member, "by their names")
-                named.setdefault(base.fingerprint is not None, member)
-        for module, size in member.sizes.items():
-            known, other = sizes.setdefault(module, (size, member))
+            # Names count where there is no fingerprint on one side or the other.
+            for having, other in self._named.items() if base.name is not None else ():
+                both = having and base.fingerprint is not None
+                if not both and other.weights.base.name != base.name:
+                    raise _mismatch(other, member, "by their names")
+        sizes = member.sizes
+        for module, size in sizes.items():
+            known, other = self._sizes.get(module, (size, member))
             if any(a and b and a != b for a, b in zip(known, size, strict=True)):
                 raise BaseMismatchError(
                     f"The adapters {other.id!r} and {member.id!r} were made for different base "
@@ -479,6 +537,78 @@ def check_base(members: Sequence[Member], *, allow_base_mismatch: bool = False) 
                     got=f"{size[0]} → {size[1]}",
                     fix="take adapters of one base model",
                 )
+        # It is of the same base, as far as anything tells.
+        self._first = self._first or member
+        if base.fingerprint is not None:
+            self._printed = self._printed or member
+        if base.name is not None:
+            self._named.setdefault(base.fingerprint is not None, member)
+        for module, size in sizes.items():
+            if module not in self._sizes or not all(self._sizes[module][0]):
+                self._sizes[module] = (size, member)
+        self._tie(member)
+
+    def _tie(self, member: Member) -> None:
+        base, tied = member.weights.base, self._tied
+
+        def root(mark: object) -> object:
+            while tied.setdefault(mark, mark) != mark:
+                mark = tied[mark]
+            return mark
+
+        marks: list[object] = [member.modules]
+        if member.modules not in tied:
+            marks += member.modules
+        if base.fingerprint is not None:
+            marks.append(("fingerprint",))
+        if base.name is not None:
+            marks.append(("name", base.name))
+        roots = dict.fromkeys(root(m) for m in marks)
+        top = next(iter(roots))
+        name = next((self._groups[r] for r in roots if r in self._groups), member.id)
+        for other in roots:
+            tied[other] = top
+            self._groups.pop(other, None)
+        self._groups[top] = name
+
+    def warn(self) -> None:
+        """Warns (``UserWarning``) if nothing tells that all of them are of one base model.
+
+        That is where two have neither fingerprints nor names to compare, nor a layer that
+        both adapt, themselves or by way of others.
+        """
+        if self._allow or len(self._groups) < 2:
+            return
+        first, second = list(self._groups.values())[:2]
+        _warn_unknown(f"the adapters {first!r} and {second!r}")
+
+
+def _warn_unknown(who: str) -> None:
+    warnings.warn(
+        f"Nothing tells whether {who} were made for one base model: they have neither "
+        "fingerprints nor names of it in common, nor a layer. Make sure that they were, and pass "
+        "allow_base_mismatch=True (--allow-base-mismatch) to say so.",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def check_known(member: Member, base: BaseModel, modules: Iterable[str]) -> None:
+    """Warns (``UserWarning``) if nothing tells that an adapter belongs to a fleet that is there.
+
+    Args:
+        member: The adapter.
+        base: What is known of the fleet's base model.
+        modules: Layers of the fleet; without any there is nothing to compare.
+    """
+    theirs, known = member.weights.base, set(modules)
+    if (
+        (base.fingerprint is None or theirs.fingerprint is None)
+        and (base.name is None or theirs.name is None)
+        and known
+        and known.isdisjoint(member.modules)
+    ):
+        _warn_unknown(f"the adapter {member.id!r} and those of the fleet")
 
 
 def _mismatch(first: Member, second: Member, how: str) -> BaseMismatchError:

@@ -56,12 +56,11 @@ from lorasmith.errors import (
     BaseMismatchError,
     ConfigError,
     TargetError,
-    UnknownNameError,
     UnsupportedFeatureError,
 )
 from lorasmith.fleet import store
 from lorasmith.fleet.codes import ABSENT
-from lorasmith.fleet.members import MemberRecord, Source
+from lorasmith.fleet.members import MemberRecord, Source, unknown_id
 from lorasmith.fleet.resident import Pieces, Resident, ResidentStats
 from lorasmith.fleet.serving import (
     Combination,
@@ -272,12 +271,7 @@ class MultiTaskModel:
         known = frozenset(self.fleet.ids)
         for task in wanted.tasks:
             if task not in known:
-                raise UnknownNameError(
-                    f"The fleet has no task {task!r}.",
-                    expected=", ".join(self.tasks[:6]) + (", …" if len(self.tasks) > 6 else ""),
-                    got=task,
-                    key="tasks",
-                )
+                raise unknown_id(f"The fleet has no task {task!r}.", task, self.tasks, key="tasks")
         if not wanted.single:
             for combination in wanted.rows:
                 copied = [t for t, _ in combination if t in self._copied]

@@ -27,8 +27,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -46,9 +46,8 @@ from lorasmith.errors import (
     DataError,
     LorasmithError,
     MissingDependencyError,
-    UnknownNameError,
 )
-from lorasmith.fleet.members import check_id
+from lorasmith.fleet.members import check_id, unknown_id
 from lorasmith.fleet.multitask import MultiTaskModel
 from lorasmith.io.atomic import read_one_generation, replace_files
 from lorasmith.io.fingerprint import Fingerprint, fingerprint
@@ -381,12 +380,7 @@ class TaskRouter:
         known = None if self._served is None else self._served.tasks
         for name, prompts in zip(classes, rows, strict=True):
             if name is not None and known is not None and name not in known:
-                raise UnknownNameError(
-                    f"The fleet has no task {name!r}.",
-                    expected=", ".join(known[:6]) + (", …" if len(known) > 6 else ""),
-                    got=name,
-                    key="examples",
-                )
+                raise unknown_id(f"The fleet has no task {name!r}.", name, known, key="examples")
             if len(prompts) < 2:
                 raise DataError(
                     f"There are too few examples of {name or 'others'!r}.",
@@ -525,28 +519,16 @@ class TaskRouter:
             BaseMismatchError: It was trained on another base model.
         """
         folder = as_path(path).expanduser()
-        file = folder / CONFIG
         values, tensors = read_one_generation(folder, (CONFIG, TENSORS), lambda: _open(folder))
-        if values.get("format") != FORMAT:
-            raise AdapterFileError(
-                "The router has another format.",
-                file=file,
-                expected=FORMAT,
-                got=values.get("format"),
-                key="format",
+        record = _record(values, folder / CONFIG)
+        classes, printed = record["classes"], record["base"]
+        with _of_file(folder / CONFIG):
+            router = cls(
+                model,
+                tokenizer,
+                batch_size=batch_size,
+                **{key: record[key] for key in ("layer", "template", "max_length")},
             )
-        try:
-            classes = tuple(None if c is None else check_id(c) for c in values["classes"])
-            report = RouterReport.from_dict(values["report"])
-            printed = Fingerprint.from_dict(values["base"])
-            threshold = float(values["threshold"])
-            options = {k: values[k] for k in ("layer", "template", "max_length")}
-            if len(set(classes)) != len(classes) or len(classes) < 2 or not 0 <= threshold <= 1:
-                raise ValueError("classes or threshold")
-        except (KeyError, TypeError, ValueError) as error:
-            reason = error.what if isinstance(error, LorasmithError) else repr(error)
-            raise AdapterFileError(f"The router cannot be read: {reason}.", file=file) from error
-        router = cls(model, tokenizer, batch_size=batch_size, **options)
         if not allow_base_mismatch:
             difference = printed.compare(fingerprint(router._root, names=list(printed.sketch)))
             if not difference.same:
@@ -555,8 +537,9 @@ class TaskRouter:
                     file=folder,
                     fix="load the right base model, or pass allow_base_mismatch=True",
                 )
-        router._classifier = _Classifier(classes, *_read(tensors, len(classes)))
-        router.report, router._threshold = report, threshold
+        width = getattr(router._root.config, "hidden_size", None)
+        router._classifier = _Classifier(classes, *_read(tensors, len(classes), width))
+        router.report, router._threshold = record["report"], record["threshold"]
         return router
 
 
@@ -571,14 +554,86 @@ def check(path: str | os.PathLike[str]) -> tuple[str | None, ...]:
     """
     folder = as_path(path).expanduser()
     values, tensors = read_one_generation(folder, (CONFIG, TENSORS), lambda: _open(folder))
-    try:
-        classes = tuple(None if c is None else check_id(c) for c in values["classes"])
-    except (KeyError, TypeError, LorasmithError) as error:
-        raise AdapterFileError(
-            "The classes of the router cannot be read.", file=folder / CONFIG, got=repr(error)[:200]
-        ) from error
+    classes: tuple[str | None, ...] = _record(values, folder / CONFIG)["classes"]
     _read(tensors, len(classes))
     return classes
+
+
+@contextmanager
+def _of_file(file: Path) -> Iterator[None]:
+    """Raises what is wrong with a value as an error of the file that it is from."""
+    try:
+        yield
+    except LorasmithError as error:
+        raise AdapterFileError(
+            f"The router cannot be read: {error.what}",
+            file=file,
+            key=error.key,
+            expected=error.expected,
+            got=error.got,
+        ) from error
+
+
+def _classes(values: Any) -> tuple[str | None, ...]:
+    classes = tuple(None if c is None else check_id(c) for c in values)
+    if not isinstance(values, list) or not 2 <= len(set(classes)) == len(classes):
+        raise ValueError
+    return classes
+
+
+def _threshold(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise ValueError
+    return float(value)
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise ValueError
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError
+    return value
+
+
+#: Key → what it must be, and what reads it or raises.
+_FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "classes": ("two ids or more, each once", _classes),
+    "report": ("what training came to", RouterReport.from_dict),
+    "base": ("the fingerprint of a model", Fingerprint.from_dict),
+    "threshold": ("a number from 0 to 1", _threshold),
+    "layer": ("the number of a layer", _whole),
+    "template": ("true or false", _flag),
+    "max_length": ("at least 1", _whole),
+}
+
+
+def _record(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """What the configuration says, each field checked."""
+    if values.get("format") != FORMAT:
+        raise AdapterFileError(
+            "The router has another format.",
+            file=file,
+            expected=FORMAT,
+            got=repr(values.get("format"))[:200],
+            key="format",
+        )
+    found = {}
+    for key, (expected, read) in _FIELDS.items():
+        try:
+            found[key] = read(values[key])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # noqa: PERF203
+            raise AdapterFileError(
+                "A field of the router is malformed.",
+                file=file,
+                key=key,
+                expected=expected,
+                got=repr(values.get(key))[:200],
+            ) from error
+    return found
 
 
 def _open(folder: Path) -> tuple[dict[str, Any], FileTensors]:
@@ -591,18 +646,22 @@ def _open(folder: Path) -> tuple[dict[str, Any], FileTensors]:
     check_inside(weights, folder)
     tensors = FileTensors(weights)
     # Routers of earlier versions do not name the other file.
-    if "sha256" in values and (sha256_of(weights) != values["sha256"] or tensors.changed()):
+    if "sha256" in values and (
+        (found := sha256_of(weights)) != values["sha256"] or tensors.changed()
+    ):
         raise AdapterFileError(
             "The router's tensors are not those that its configuration names.",
             file=weights,
             key="sha256",
             expected=str(values["sha256"])[:64],
+            got=found,
             fix="they are damaged, or of another generation: copy the directory again",
         )
     return values, tensors
 
 
-def _read(tensors: FileTensors, classes: int) -> list[Tensor]:
+def _read(tensors: FileTensors, classes: int, width: int | None = None) -> list[Tensor]:
+    """The classifier's tensors, of as many hidden states as the model has, if it is known."""
     file = tensors.path
     if set(tensors) != set(_TENSORS):
         raise AdapterFileError(
@@ -612,16 +671,20 @@ def _read(tensors: FileTensors, classes: int) -> list[Tensor]:
             got=", ".join(sorted(tensors)[:6]),
         )
     found = {n: tensors[n] for n in _TENSORS}
-    d = found["mean"].numel()
-    shapes = {"weight": (classes, d), "bias": (classes,), "mean": (d,), "scale": (d,)}
+    d = found["mean"].numel() if width is None else width
+    shapes = {"mean": (d,), "scale": (d,), "bias": (classes,), "weight": (classes, d)}
     for name, shape in shapes.items():
         value = found[name]
-        if tuple(value.shape) != shape or not bool(torch.isfinite(value).all()):
+        usable = value.is_floating_point() and bool(torch.isfinite(value).all())
+        if name == "scale" and usable:
+            usable = bool((value > 0).all())  # it divides
+        if tuple(value.shape) != shape or not usable:
             raise AdapterFileError(
                 "A tensor of the router is not usable.",
                 file=file,
-                expected=f"{list(shape)}, finite",
-                got=list(value.shape),
+                expected=f"{list(shape)}, finite" + (", above 0" if name == "scale" else ""),
+                got=f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+                + ("" if usable else ", not usable"),
                 key=name,
             )
     return [found[n].float() for n in _TENSORS]

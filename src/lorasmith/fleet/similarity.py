@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from lorasmith.core.adapter import unwrap
 from lorasmith.core.layers import describe, read_weight
 from lorasmith.errors import AdapterFileError, ConfigError, UnknownNameError
-from lorasmith.fleet.members import LayerFactors, Member, Source, open_members
+from lorasmith.fleet.members import LayerFactors, Member, Source, open_members, unknown_id
 from lorasmith.io.files import check_base
 
 if TYPE_CHECKING:
@@ -105,9 +105,7 @@ class SimilarityMatrix:
             UnknownNameError: If there is none of that name.
         """
         if id not in self.ids:
-            raise UnknownNameError(
-                "There is no adapter of that name.", expected=", ".join(self.ids[:8]), got=id
-            )
+            raise unknown_id("There is no adapter of that name.", id, self.ids, key="id")
         return self.ids.index(id)
 
     @cached_property

@@ -34,7 +34,7 @@ from lorasmith.fleet.members import MemberRecord, check_id
 from lorasmith.fleet.records import Adapter
 from lorasmith.io.atomic import read_one_generation, replace_files
 from lorasmith.io.fingerprint import Fingerprint
-from lorasmith.io.hub import fetch
+from lorasmith.io.hub import fetch, release
 from lorasmith.io.strict import check_inside, read_object
 from lorasmith.io.tensors import FileTensors, sha256_of
 from lorasmith.io.weights import BaseModel, as_path
@@ -76,7 +76,10 @@ def is_subspace(path: str | os.PathLike[str]) -> bool:
         AdapterFileError: A URL, or the hub, cannot be read.
         MissingDependencyError: A package for it is missing.
     """
-    return fetch(path, (MANIFEST,)) is not None
+    folder = fetch(path, (MANIFEST,))
+    if folder is not None:
+        release(folder)
+    return folder is not None
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:
@@ -253,7 +256,10 @@ def load(path: str | os.PathLike[str]) -> SharedSubspace:
             expected=f"a directory, URL or hub id with {MANIFEST}",
             fix="make one with lorasmith fleet compress",
         )
-    return read_one_generation(folder, OWNED, lambda: _load(folder))
+    try:
+        return read_one_generation(folder, OWNED, lambda: _load(folder))
+    finally:
+        release(folder)
 
 
 def _load(folder: Path) -> SharedSubspace:
@@ -419,8 +425,10 @@ def _read(folder: Path, manifest: Mapping[str, Any]) -> SharedSubspace:
 
 def validate(path: str | os.PathLike[str]) -> list[str]:
     """All that is wrong with a subspace on disk; nothing if it is whole."""
+    fetched = None
     try:
-        folder = fetch(path, (MANIFEST, BASIS, CODES, REST)) or Path(path).expanduser()
+        fetched = fetch(path, (MANIFEST, BASIS, CODES, REST))
+        folder = fetched or Path(path).expanduser()
         manifest = _manifest(folder)
         found = [str(error) for error in _check_files(folder, manifest)]
         if not found:
@@ -429,6 +437,9 @@ def validate(path: str | os.PathLike[str]) -> list[str]:
         return [str(error)]
     except (KeyError, TypeError, ValueError) as error:
         return [f"The manifest cannot be understood: {error!r}."]
+    finally:
+        if fetched is not None:
+            release(fetched)
     return found
 
 

@@ -2,8 +2,10 @@
 
 **Joint.** The two scatter matrices of a layer are kept as leading eigenvectors and eigenvalues,
 (E, Λ), and a block of adapters with rows X (see :mod:`lorasmith.fleet.joint`) is merged in:
-E' Λ' E'ᵀ = E Λ Eᵀ + Xᵀ X in the span of both, cut to ``most`` directions. Memory is
-``most`` (d_in + d_out) numbers a layer, and one block of adapters, whatever their number; what
+E' Λ' E'ᵀ = E Λ Eᵀ + Xᵀ X in the span of both, cut to ``most`` directions. As long as there is
+room for it (``_WHOLE``), a layer's matrices are kept whole instead when something would be cut,
+which is exact and, with d of some hundreds, several times as fast. Memory is ``most``
+(d_in + d_out) numbers a layer beside that, and one block of adapters, whatever their number; what
 grows is the result, the cores.
 
 Where the adapters can be read twice, cores are made in a second pass against the final basis,
@@ -16,7 +18,7 @@ truncation in between moves it by a known amount δ, and the error reported is t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.errors import ConfigError
-from lorasmith.fleet import incremental, joint, share
+from lorasmith.fleet import joint, parallel, share
 from lorasmith.fleet.building import (
     Built,
     Progress,
@@ -36,9 +38,9 @@ from lorasmith.fleet.building import (
 )
 from lorasmith.fleet.codes import Layer
 from lorasmith.fleet.members import (
+    BaseCheck,
     Member,
     Source,
-    check_base,
     default_ids,
     expand,
     open_members,
@@ -47,6 +49,9 @@ from lorasmith.fleet.trimming import split, trim
 from lorasmith.io.weights import BaseModel
 
 __all__ = ["JointStream", "Stream", "blocks", "merge"]
+
+#: Bytes of matrices [d, d] that may be kept whole.
+_WHOLE = 2**29
 
 
 def merge(basis: Tensor, values: Tensor, rows: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,7 +67,14 @@ def merge(basis: Tensor, values: Tensor, rows: Tensor, most: int) -> tuple[Tenso
         The new basis [R', d], R' ≤ most; its eigenvalues; and T [R, R'], with which coordinates
         in the old basis become coordinates in the new one, all float64.
     """
-    wide, coordinates = incremental.append(basis, rows)
+    basis, rows = basis.to(torch.float64), rows.to(torch.float64)
+    inside = rows @ basis.mT
+    rest = rows - inside @ basis
+    again = rest @ basis.mT  # once more, since what is left may be small
+    inside, rest = inside + again, rest - again @ basis
+    # Directions of Q that the rows do not have are arbitrary; their eigenvalues are 0 below.
+    Q, R = torch.linalg.qr(rest.mT)
+    wide, coordinates = torch.cat((basis, Q.mT)), torch.cat((inside, R.mT), dim=1)
     scatter = coordinates.mT @ coordinates
     scatter[: len(values), : len(values)] += torch.diag(values.to(scatter))
     found, vectors = torch.linalg.eigh(scatter)
@@ -90,7 +102,6 @@ class Stream:
     Attributes:
         again: Whether they can be gone through more than once.
         total: Their number, 0 where it is not known.
-        base: What is known of their base model so far.
     """
 
     def __init__(
@@ -108,8 +119,8 @@ class Stream:
         self._ids = None if ids is None else iter(ids)
         self._allow = allow_base_mismatch
         self._names: list[str] = []
-        self.base = BaseModel()
-        self._seen: dict[str, tuple[tuple[int, int], Member]] = {}
+        self._check = BaseCheck(allow_base_mismatch=allow_base_mismatch)
+        self._checked = False
         self.total = 0
         if self.again:
             given = cast("Sequence[Source]", self._sources)
@@ -122,7 +133,11 @@ class Stream:
                     got=f"{len(set(self._names))} different ones of {len(self._names)}",
                     key="ids",
                 )
-        self._first: Member | None = None
+
+    @property
+    def base(self) -> BaseModel:
+        """What is known of their base model so far."""
+        return self._check.base
 
     def __iter__(self) -> Iterator[Member]:
         taken: set[str] = set()
@@ -144,27 +159,62 @@ class Stream:
                 )
             taken.add(name)
             (member,) = open_members({name: source}, allow_base_mismatch=self._allow)
-            if self._first is None:
-                self._first, self.base = member, member.weights.base
-            else:
-                # Against the first one, and every layer against the one that had it first.
-                check_base([self._first, member], allow_base_mismatch=self._allow)
-            for module, size in member.sizes.items():
-                known, other = self._seen.setdefault(module, (size, member))
-                if known != size:
-                    check_base([other, member], allow_base_mismatch=self._allow)
+            if not self._checked:
+                self._check.add(member)
             yield member
+        if not self._checked:
+            self._checked = True
+            self._check.warn()
+
+
+@dataclass
+class _Side:
+    """Σ Xᵀ X of the rows on one side of a layer: its leading directions, or all of it.
+
+    Attributes:
+        basis: [R, d], orthonormal rows, float64.
+        values: [R], their eigenvalues.
+        room: Whether it may be kept whole, as soon as directions would have to be dropped.
+        whole: [d, d] then.
+    """
+
+    basis: Tensor
+    values: Tensor
+    room: bool
+    whole: Tensor | None = None
+
+    @classmethod
+    def empty(cls, d: int, room: bool) -> _Side:
+        """Before the first row."""
+        wide = torch.float64
+        return cls(torch.zeros(0, d, dtype=wide), torch.zeros(0, dtype=wide), room)
+
+    def add(self, rows: Tensor, most: int) -> Tensor:
+        """Enters rows [n, d]; T [R, R'] of :func:`merge`, where directions are kept."""
+        if self.room and self.whole is None and len(self.basis) + len(rows) > most:
+            self.whole = (self.basis.mT * self.values) @ self.basis
+        if self.whole is None:
+            self.basis, self.values, turn = merge(self.basis, self.values, rows, most)
+            return turn
+        self.whole.addmm_(rows.mT, rows)
+        return rows.new_zeros(0, 0)
+
+    def close(self, keep: int) -> None:
+        """Leaves at most so many leading directions; there are no rows after this."""
+        if self.whole is not None:
+            values, vectors = torch.linalg.eigh(self.whole)
+            kept = values > 1e-13 * values[-1:]
+            self.values, self.basis = values[kept].flip(-1), vectors[:, kept].flip(-1).mT
+            self.whole = None
+        self.values, self.basis = self.values[:keep], self.basis[:keep].contiguous()
 
 
 @dataclass
 class _State:
     """One layer while adapters pass."""
 
-    sizes: tuple[int, int]  # (d_out, d_in)
-    up: Tensor
-    down: Tensor
-    up_values: Tensor
-    down_values: Tensor
+    up: _Side
+    down: _Side
     #: Block number → (T of up, T of down) that followed on it.
     turns: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     #: Adapter number → (block, left, right).
@@ -172,77 +222,148 @@ class _State:
     energy: dict[int, float] = field(default_factory=dict)
     rank: dict[int, int] = field(default_factory=dict)
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return self.up.basis.shape[1], self.down.basis.shape[1]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The adapters that have a layer, in the final basis."""
+
+    numbers: list[int]
+    ranks: list[int]
+    left: Tensor  # [n, r, R_u], float64
+    right: Tensor  # [n, r, R_d]
+    gone: Tensor  # [n], the norm that was lost on the way
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A layer's factors of those of a block of adapters that have it."""
+
+    who: list[int]
+    ranks: list[int]
+    A: Tensor  # [n, r, d_in], filled up with rows of zeros
+    B: Tensor  # [n, r, d_out], the columns of B as rows
+    energy: Tensor  # [n], ‖B A‖², float64
+
+
+def _read(module: str, members: Sequence[Member]) -> _Read:
+    who = [k for k, member in enumerate(members) if module in member.modules]
+    factors = [members[k].factors(module) for k in who]
+    ranks = [f.rank for f in factors]
+    A = torch.zeros(len(who), max(ranks), factors[0].A.shape[1])
+    B = torch.zeros(len(who), max(ranks), factors[0].B.shape[0])
+    for i, f in enumerate(factors):
+        A[i, : f.rank], B[i, : f.rank] = f.A, f.B.mT
+    return _Read(who, ranks, A, B, joint.norms(A.double(), B.double()))
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Where a layer's basis can be cut, (R_u, R_d)."""
+
+    sizes: list[tuple[int, int]]
+    lost: Tensor  # [N, options]
+    bytes: Tensor  # [options]
+    spectra: Tensor  # [N, r], squared singular values of each core
+
 
 class JointStream:
     """The joint basis of adapters that pass one block at a time.
 
     Args:
         most: Directions that are kept of each side of a layer on the way.
+        keep: Directions that are kept in the end; as many by default.
         relative: Whether every adapter counts alike, whatever its norm.
         once: Whether cores are made while adapters pass; else :meth:`code` makes them later.
     """
 
-    def __init__(self, most: int, *, relative: bool = True, once: bool = False) -> None:
+    def __init__(
+        self, most: int, *, keep: int | None = None, relative: bool = True, once: bool = False
+    ) -> None:
         self.most, self.relative, self.once = most, relative, once
+        self.keep = most if keep is None or once else keep
         self.layers: dict[str, _State] = {}
         self.count = 0
         self.block = 0
+        self._left = _WHOLE
+        self._closed = False
 
     def feed(self, members: Sequence[Member]) -> None:
         """Merges a block of adapters into the basis."""
-        rows: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
-        read: list[dict[str, tuple[Tensor, Tensor]]] = []
-        for member in members:
-            factors = {m: member.factors(m) for m in member.modules}
-            own = {m: (f.A.double(), f.B.mT.double()) for m, f in factors.items()}
-            energy = {m: float(((A @ A.mT) * (B @ B.mT)).sum()) for m, (A, B) in own.items()}
-            total = sum(energy.values())
-            weight = total**-0.5 if self.relative and total else 1.0
-            number = self.count + len(read)
-            read.append(own)
-            for module, (A, B) in own.items():
-                state = self._state(module, A, B)
-                state.energy[number], state.rank[number] = energy[module], len(A)
-                ups, downs = rows.setdefault(module, ([], []))
-                ups.append(weight * (joint.root(A @ A.mT).mT @ B))
-                downs.append(weight * (joint.root(B @ B.mT).mT @ A))
-        for module, (ups, downs) in rows.items():
-            state = self.layers[module]
-            up, up_values, turn_up = merge(state.up, state.up_values, torch.cat(ups), self.most)
-            down, down_values, turn_down = merge(
-                state.down, state.down_values, torch.cat(downs), self.most
+        numbers = range(self.count, self.count + len(members))
+        modules = list(dict.fromkeys(m for member in members for m in member.modules))
+        read = parallel.each(lambda m: _read(m, members), modules)
+        totals = torch.zeros(len(members), dtype=torch.float64)
+        for one in read:
+            totals[one.who] += one.energy
+        weights = torch.ones_like(totals)
+        if self.relative:
+            weights = torch.where(totals > 0, totals, weights).rsqrt()
+        for module, one in zip(modules, read, strict=True):
+            state = self._state(module, one)
+            for i, k in enumerate(one.who):
+                state.energy[numbers[k]] = float(one.energy[i])
+                state.rank[numbers[k]] = one.ranks[i]
+
+        def enter(place: int) -> None:
+            state, one = self.layers[modules[place]], read[place]
+            A, B = one.A.double(), one.B.double()
+            scale = weights[one.who][:, None, None]
+            rows_up = scale * (joint.root(A @ A.mT).mT @ B)
+            rows_down = scale * (joint.root(B @ B.mT).mT @ A)
+            turns = (
+                state.up.add(rows_up.flatten(0, 1), self.most),
+                state.down.add(rows_down.flatten(0, 1), self.most),
             )
-            state.turns[self.block] = (turn_up, turn_down)
-            state.up, state.up_values = up, up_values
-            state.down, state.down_values = down, down_values
-        if self.once:
-            for offset, own in enumerate(read):
-                for module, (A, B) in own.items():
-                    state = self.layers[module]
-                    left, right = (B @ state.up.mT).float(), (A @ state.down.mT).float()
-                    state.cores[self.count + offset] = (self.block, left, right)
+            if self.once:
+                state.turns[self.block] = turns
+                self._code(state, one, numbers)
+
+        parallel.each(enter, range(len(modules)))
         self.count += len(members)
         self.block += 1
 
-    def _state(self, module: str, A: Tensor, B: Tensor) -> _State:
+    def _state(self, module: str, one: _Read) -> _State:
         if module not in self.layers:
-            none = A.new_zeros(0)
-            sizes = (B.shape[1], A.shape[1])
-            self.layers[module] = _State(sizes, B[:0], A[:0], none, none.clone())
+            d_out, d_in = one.B.shape[-1], one.A.shape[-1]
+            # Turns are not known of what is kept whole.
+            wanted = 8 * (d_out**2 + d_in**2)
+            room = not self.once and wanted <= self._left
+            self._left -= wanted if room else 0
+            self.layers[module] = _State(_Side.empty(d_out, room), _Side.empty(d_in, room))
         return self.layers[module]
 
-    def code(self, number: int, member: Member) -> None:
-        """Makes the cores of an adapter in the final basis."""
-        for module in member.modules:
-            state = self.layers[module]
-            factors = member.factors(module)
-            left = factors.B.mT.double() @ state.up.mT
-            right = factors.A.double() @ state.down.mT
-            state.cores[number] = (self.block, left.float(), right.float())
+    def close(self) -> None:
+        """Ends the first pass: the basis is final."""
+        if self._closed:
+            return
+        self._closed = True
 
-    def _final(self, state: _State) -> dict[int, tuple[Tensor, Tensor, float]]:
-        """Adapter number → (left, right, √ of what was lost on the way) in the final basis."""
-        found = {}
+        def end(state: _State) -> None:
+            state.up.close(self.keep)
+            state.down.close(self.keep)
+
+        parallel.each(end, list(self.layers.values()))
+
+    def code(self, first: int, members: Sequence[Member]) -> None:
+        """Makes the cores of adapters, the first of which has that number, in the final basis."""
+        self.close()
+        numbers = range(first, first + len(members))
+        modules = list(dict.fromkeys(m for member in members for m in member.modules))
+        parallel.each(lambda m: self._code(self.layers[m], _read(m, members), numbers), modules)
+
+    def _code(self, state: _State, one: _Read, numbers: Sequence[int]) -> None:
+        left = (one.B.double() @ state.up.basis.mT).float()
+        right = (one.A.double() @ state.down.basis.mT).float()
+        for i, (k, rank) in enumerate(zip(one.who, one.ranks, strict=True)):
+            state.cores[numbers[k]] = (self.block, left[i, :rank].clone(), right[i, :rank].clone())
+
+    def _held(self, state: _State) -> _Held:
+        """All cores in the final basis, and √ of what was lost on the way."""
         last = max(state.turns, default=-1)
         # Turns after each block put together, from the last one backwards.
         after: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -251,18 +372,59 @@ class JointStream:
             after[block] = list(chain)
             if block in state.turns:
                 chain.insert(0, state.turns[block])
-        for number, (block, left, right) in state.cores.items():
-            whole = state.energy[number]
-            left, right = left.double(), right.double()
-            kept = _square(left, right)
-            gone = max(0.0, whole - kept) ** 0.5
-            for turn_up, turn_down in after.get(block, []):
-                left, right = left @ turn_up, right @ turn_down
-                now = _square(left, right)
-                gone += max(0.0, kept - now) ** 0.5
-                kept = now
-            found[number] = (left, right, gone)
-        return found
+        numbers = list(state.cores)
+        ranks = [len(left) for _, left, _ in state.cores.values()]
+        r = max(ranks)
+        left = torch.zeros(len(numbers), r, len(state.up.basis), dtype=torch.float64)
+        right = torch.zeros(len(numbers), r, len(state.down.basis), dtype=torch.float64)
+        gone = torch.zeros(len(numbers), dtype=torch.float64)
+        for i, (block, one, other) in enumerate(state.cores.values()):
+            turns = after.get(block, [])
+            if turns:
+                one, other = one.double(), other.double()
+                kept = _square(one, other)
+                gone[i] = max(0.0, state.energy[numbers[i]] - kept) ** 0.5
+                for turn_up, turn_down in turns:
+                    one, other = one @ turn_up, other @ turn_down
+                    now = _square(one, other)
+                    gone[i] += max(0.0, kept - now) ** 0.5
+                    kept = now
+            left[i, : len(one)], right[i, : len(other)] = one, other
+        whole = torch.tensor([state.energy[n] for n in numbers], dtype=torch.float64)
+        never = [i for i, (block, _, _) in enumerate(state.cores.values()) if not after.get(block)]
+        gone[never] = (whole - joint.norms(right, left)).clamp_min(0).sqrt()[never]
+        return _Held(numbers, ranks, left, right, gone)
+
+    def _options(self, state: _State, target: Target) -> _Options:
+        """What each cut of a layer's basis loses, and costs."""
+        N, held = self.count, self._held(state)
+        sizes = joint_pairs(len(state.up.basis), len(state.down.basis), target)
+        ups, downs = sorted({a for a, _ in sizes}), sorted({b for _, b in sizes})
+        norms = joint.norms(held.right, held.left)
+        table = joint.lost(held.left[None], held.right[None], norms[None], ups, downs)[0]
+        flat = table[:, [ups.index(a) for a, _ in sizes], [downs.index(b) for _, b in sizes]]
+        # Against the final basis both losses are at right angles; else they may add up.
+        before = held.gone.unsqueeze(1)
+        both = (flat.sqrt() + before).square() if self.once else flat + before.square()
+        lost = torch.zeros(N, len(sizes), dtype=torch.float64)
+        lost[held.numbers] = both
+        ranks = torch.zeros(N, dtype=torch.float64)
+        ranks[held.numbers] = torch.tensor(held.ranks, dtype=torch.float64)
+        inner = joint.factor_root(held.left).mT @ joint.factor_root(held.right)
+        spectra = torch.zeros(N, inner.shape[-1], dtype=torch.float64)
+        spectra[held.numbers] = torch.linalg.eigvalsh(inner.mT @ inner).flip(-1).clamp_min(0)
+        return _Options(sizes, lost, pair_costs(sizes, ranks, state.sizes), spectra)
+
+    def _layer(self, module: str, state: _State, a: int, b: int) -> Layer:
+        """A layer cut to (a, b) directions."""
+        up, down = state.up.basis[:a].float(), state.down.basis[:b].float()
+        layer, held = Layer.new(module, up, down, self.count), self._held(state)
+        codes = [absent(layer.sizes, (a, b))] * self.count
+        right, left = share.balance(held.right[..., :b], held.left[..., :a])
+        for i, (n, rank) in enumerate(zip(held.numbers, held.ranks, strict=True)):
+            codes[n] = coded(left[i, :rank].float(), right[i, :rank].float(), layer.sizes)
+        layer.fill(codes)
+        return layer
 
     def build(self, target: Target, progress: Progress | None = None) -> tuple[Built, Tensor]:
         """Layers cut to the target, and ‖ΔW‖² [N, L].
@@ -271,35 +433,23 @@ class JointStream:
             target: With ``error`` or ``components``.
             progress: Called with (phase, done, total).
         """
-        N, modules = self.count, list(self.layers)
-        energy = torch.zeros(N, len(modules), dtype=torch.float64)
-        finals, tables, costs, pairs, spectra = [], [], [], [], []
-        for place, (module, state) in enumerate(self.layers.items()):
-            final = self._final(state)
-            r = max(left.shape[0] for left, _, _ in final.values())
-            left = torch.zeros(1, N, r, len(state.up), dtype=torch.float64)
-            right = torch.zeros(1, N, r, len(state.down), dtype=torch.float64)
-            gone = torch.zeros(N, dtype=torch.float64)
-            for n, (one, other, moved) in final.items():
-                left[0, n, : len(one)], right[0, n, : len(other)] = one, other
-                gone[n], energy[n, place] = moved, state.energy[n]
-            held = joint.norms(right, left)
-            sizes = joint_pairs(len(state.up), len(state.down), target)
-            ups, downs = sorted({a for a, _ in sizes}), sorted({b for _, b in sizes})
-            table = joint.lost(left, right, held, ups, downs)[0]
-            flat = table[:, [ups.index(a) for a, _ in sizes], [downs.index(b) for _, b in sizes]]
-            # Against the final basis both losses are at right angles; else they may add up.
-            before = gone.unsqueeze(1)
-            both = flat + before.square()
-            tables.append((flat.sqrt() + before).square() if self.once else both)
-            ranks = torch.tensor([state.rank.get(n, 0) for n in range(N)], dtype=torch.float64)
-            costs.append(pair_costs(sizes, ranks, state.sizes))
-            pairs.append(sizes)
-            inner = joint.factor_root(left[0]).mT @ joint.factor_root(right[0])
-            spectra.append(torch.linalg.eigvalsh(inner.mT @ inner).flip(-1).clamp_min(0))
-            finals.append((module, state, final))
-            if progress is not None:
-                progress("choose", place + 1, len(modules))
+        self.close()
+        modules, states = list(self.layers), list(self.layers.values())
+
+        def teller(phase: str) -> Callable[[int], None] | None:
+            return None if progress is None else lambda n: progress(phase, n, len(modules))
+
+        energy = torch.zeros(self.count, len(modules), dtype=torch.float64)
+        for place, state in enumerate(states):
+            values = torch.tensor(list(state.energy.values()), dtype=torch.float64)
+            energy[list(state.energy), place] = values
+        options = parallel.each(
+            lambda state: self._options(state, target), states, tell=teller("choose")
+        )
+        tables = [one.lost for one in options]
+        pairs = [one.sizes for one in options]
+        costs = [one.bytes for one in options]
+        spectra = [one.spectra for one in options]
         total = energy.sum(1)
         if target.error is not None and self.once:
             chosen = joint.choose(tables, costs, target.error * total)
@@ -307,22 +457,13 @@ class JointStream:
             chosen = self._split(tables, pairs, spectra, target.error * total)
         else:
             chosen = [0] * len(modules)
-        layers = []
-        lost = torch.zeros_like(energy)
-        for place, (module, state, final) in enumerate(finals):
-            a, b = pairs[place][chosen[place]]
-            layer = Layer.new(module, state.up[:a].float(), state.down[:b].float(), N)
-            codes = []
-            for n in range(N):
-                if n not in final:
-                    codes.append(absent(layer.sizes, (a, b)))
-                    continue
-                left, right, _ = final[n]
-                right, left = share.balance(right[:, :b], left[:, :a])
-                codes.append(coded(left.float(), right.float(), layer.sizes))
-            layer.fill(codes)
-            layers.append(layer)
-            lost[:, place] = tables[place][:, chosen[place]]
+        sizes = [pairs[place][c] for place, c in enumerate(chosen)]
+        layers = parallel.each(
+            lambda place: self._layer(modules[place], states[place], *sizes[place]),
+            range(len(modules)),
+            tell=teller("layers"),
+        )
+        lost = torch.stack([table[:, c] for table, c in zip(tables, chosen, strict=True)], 1)
         if target.error is not None and not self.once:
             lost += trim(layers, target.error * total - lost.sum(1))
         return Built(layers, lost), energy

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,69 +43,43 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lorasmith.core.truncation import Product
-from lorasmith.errors import AdapterFileError, BaseMismatchError, ConfigError, UnknownNameError
-from lorasmith.fleet import incremental, share, store
-from lorasmith.fleet.absorbing import absorb_joint, absorb_share
-from lorasmith.fleet.building import (
-    FixedGauge,
-    Gauge,
-    Progress,
-    Stacks,
-    Target,
-    build_joint,
-    build_share,
-    coded,
+from lorasmith.errors import UnknownNameError
+from lorasmith.fleet import (
+    absorbing,
+    accounting,
+    admission,
+    fitting,
+    making,
+    options,
+    quantizing,
+    reconstruction,
+    store,
 )
-from lorasmith.fleet.codec import Codec, codec_of
-from lorasmith.fleet.codes import (
-    DIAGONAL,
-    FACTORED,
-    FULL,
-    LOADINGS,
-    PARTS,
-    Code,
-    Layer,
-    is_diagonal,
-)
+from lorasmith.fleet.building import FixedGauge, Gauge, Progress, Stacks, Target
+from lorasmith.fleet.codes import Code, Layer
 from lorasmith.fleet.members import (
     LayerFactors,
     Member,
     MemberRecord,
     Source,
-    check_id,
     open_members,
-    rebuild,
+    unknown_id,
 )
-from lorasmith.fleet.quantizing import FINER, FOUR_BITS, measure, requantise, within_budget
-from lorasmith.fleet.records import (
-    Absorbed,
-    Adapter,
-    BudgetWarning,
-    Projection,
-    Quantized,
-    Stats,
-    limit,
-)
-from lorasmith.fleet.residuals import Part, chosen
-from lorasmith.fleet.streaming import JointStream, Stream, blocks
+from lorasmith.fleet.options import DEFAULT_ERROR, MEMORY, Basis
+from lorasmith.fleet.records import Absorbed, Adapter, BudgetWarning, Projection, Quantized, Stats
+from lorasmith.fleet.residuals import Part
+from lorasmith.fleet.streaming import JointStream, Stream
 from lorasmith.io.weights import AdapterWeights, BaseModel
 
 __all__ = [
     "Absorbed",
+    "Basis",
     "BudgetWarning",
     "Projection",
     "Quantized",
     "SharedSubspace",
     "Stats",
 ]
-
-#: Which basis.
-Basis = Literal["joint", "share"]
-#: Share of ‖ΔW‖² that an adapter may lose unless told otherwise.
-DEFAULT_ERROR = 0.05
-#: Bytes of factors in memory while a basis is built.
-MEMORY = 2**31
 
 
 class SharedSubspace:
@@ -203,50 +177,33 @@ class SharedSubspace:
             BaseMismatchError: They belong to different base models.
             UnsupportedFeatureError: One cannot be part of a fleet.
         """
-        target = _target(error, variance, components, per_layer)
-        _check_bits(bits)
-        _check_choice("basis", basis, ("joint", "share"))
-        _check_choice("core", core, ("full", "diagonal"))
-        _check_choice("gauge", gauge, ("auto", "aligned", "balanced", "stored"))
+        target = options.target_of(error, variance, components, per_layer)
+        options.check_bits(bits)
+        options.check_choice("basis", basis, options.BASES)
+        options.check_choice("core", core, options.CORES)
+        options.check_gauge(gauge)
         members = open_members(sources, ids, allow_base_mismatch=allow_base_mismatch)
-        sizes = _sizes(members)
+        sizes = making.sizes_of(members)
         stacks = Stacks(members, list(sizes), sizes, memory=memory, progress=progress)
-        base = _base(members)
-        diagonal = core == "diagonal"
+        base, budget = making.base_of(members), options.budget_of(target)
 
         def build(aim: Target) -> SharedSubspace:
-            with torch.no_grad():
-                if basis == "joint":
-                    built = build_joint(
-                        stacks, aim, relative=relative, sweeps=sweeps, diagonal=diagonal
-                    )
-                else:
-                    built = build_share(stacks, aim, relative=relative, gauge=gauge)
-            adapters = [
-                Adapter(
-                    m.id,
-                    m.record,
-                    {k: m.rest[k].clone() for k in m.rest},
-                    m.nbytes,
-                    stacks.energy[n].clone(),
-                    built.lost[n].clone(),
-                )
-                for n, m in enumerate(members)
-            ]
-            return cls(
+            made, adapters = making.built(
+                stacks,
+                aim,
                 basis,
-                built.layers,
-                adapters,
-                base=base,
-                budget=_budget(target),
-                gauge=built.gauge,
+                relative=relative,
+                sweeps=sweeps,
+                diagonal=core == "diagonal",
+                gauge=gauge,
             )
+            return cls(basis, made.layers, adapters, base=base, budget=budget, gauge=made.gauge)
 
         def measured(whole: SharedSubspace) -> None:
             with torch.no_grad():
-                measure(whole._layers, whole._adapters, members)
+                quantizing.measure(whole._layers, whole._adapters, members)
 
-        return _finished(build, measured, target, bits)
+        return making.finished(build, measured, target, bits)
 
     @classmethod
     def from_stream(
@@ -286,114 +243,62 @@ class SharedSubspace:
             allow_base_mismatch: Whether they may name different base models.
             progress: Called with (phase, done, total); the total is 0 where it is not known.
         """
-        target = _target(error, None, components, True)
-        _check_bits(bits)
-        _check_choice("basis", basis, ("joint", "share"))
-        stream = Stream(sources, ids, allow_base_mismatch)
+        target = options.target_of(error, components=components)
+        options.check_bits(bits)
+        options.check_choice("basis", basis, options.BASES)
+        stream, budget = Stream(sources, ids, allow_base_mismatch), options.budget_of(target)
+
+        def tell(done: int) -> None:
+            if progress is not None:
+                progress("errors", done, stream.total)
 
         def measured(whole: SharedSubspace) -> None:
-            done = 0
-            for group in blocks(stream, block):
-                with torch.no_grad():
-                    measure(whole._layers, whole._adapters, group, done)
-                done += len(group)
-                if progress is not None:
-                    progress("errors", done, stream.total)
+            making.measure_stream(whole._layers, whole._adapters, stream, block, tell)
 
         true = measured if stream.again else None
         if basis == "share":
 
             def absorbed(aim: Target) -> SharedSubspace:
-                whole = cls._stream_share(stream, aim, block, allow_base_mismatch, true, progress)
-                whole.budget = _budget(target)
+                first = partial(cls.from_adapters, basis="share")
+                whole = making.in_blocks(
+                    first, stream, aim, block, true, progress, allow_base_mismatch
+                )
+                whole.budget = budget
                 return whole
 
-            return _finished(absorbed, true, target, bits, again=stream.again)
-        once = not stream.again
-        made = JointStream(max(most, components or 0), relative=relative, once=once)
-        records: list[Adapter] = []
-        with torch.no_grad():
-            for group in blocks(stream, block):
-                made.feed(group)
-                zero = torch.zeros(0, dtype=torch.float64)
-                records += [
-                    Adapter(
-                        m.id, m.record, {k: m.rest[k].clone() for k in m.rest}, m.nbytes, zero, zero
-                    )
-                    for m in group
-                ]
-                if progress is not None:
-                    progress("bases", made.count, stream.total)
-            if not records:
-                raise AdapterFileError(
-                    "There is no adapter.", expected="at least one", key="sources"
-                )
-            if not once:
-                for number, member in enumerate(stream):
-                    made.code(number, member)
-                    if progress is not None:
-                        progress("cores", number + 1, stream.total)
+            return making.finished(absorbed, true, target, bits, again=stream.again)
+        made = JointStream(
+            max(most, components or 0),
+            keep=components,
+            relative=relative,
+            once=not stream.again,
+        )
+        records = making.passed(stream, made, block, progress)
 
         def build(aim: Target) -> SharedSubspace:
-            with torch.no_grad():
-                built, energy = made.build(aim, progress)
-            adapters = [
-                replace(a, energy=energy[n].clone(), lost=built.lost[n].clone())
-                for n, a in enumerate(records)
-            ]
-            return cls(basis, built.layers, adapters, base=stream.base, budget=_budget(target))
+            built, adapters = making.cut(made, records, aim, progress)
+            return cls(basis, built.layers, adapters, base=stream.base, budget=budget)
 
-        return _finished(build, true, target, bits)
+        return making.finished(build, true, target, bits)
 
-    @classmethod
-    def _stream_share(
-        cls,
-        stream: Stream,
-        target: Target,
-        block: int,
-        allow_base_mismatch: bool,
-        measured: Callable[[SharedSubspace], None] | None,
-        progress: Progress | None,
-    ) -> SharedSubspace:
-        whole: SharedSubspace | None = None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", BudgetWarning)  # one at the end tells all
-            for group in blocks(stream, block):
-                if whole is None:
-                    whole = cls.from_adapters(
-                        group,
-                        basis="share",
-                        error=target.error,
-                        components=target.components,
-                        allow_base_mismatch=allow_base_mismatch,
-                    )
-                else:
-                    whole.absorb(
-                        group,
-                        error=target.error,
-                        components=target.components,
-                        allow_base_mismatch=allow_base_mismatch,
-                    )
-                if progress is not None:
-                    progress("components", len(whole), stream.total)
-            if whole is None:
-                raise AdapterFileError(
-                    "There is no adapter.", expected="at least one", key="sources"
-                )
-            if measured is not None:
-                measured(whole)
-        return whole
+    def inherit(self, other: SharedSubspace) -> None:
+        """Adds to :attr:`errors` what another subspace had lost that this one was made from.
+
+        For a fleet that is compressed again: its adapters are those rebuilt from the other
+        one, and errors are bounds then, to what both of them had at first. Warns
+        (:class:`BudgetWarning`) if that is beyond the budget.
+
+        Args:
+            other: The subspace that the adapters were rebuilt from, under the same ids.
+        """
+        accounting.inherit(self.modules, self._adapters, other.modules, other._adapters)
+        self.check_budget()
 
     def check_budget(self) -> None:
         """Warns (:class:`BudgetWarning`) if adapters are beyond the budget, as far as is known."""
-        over = [a for a in self._adapters if a.error > limit(self.budget)]
-        if over:
-            worst = max(over, key=lambda a: a.error)
-            _warn(
-                f"{len(over)} of {len(self)} adapters lose more than {self.budget:.3g} of their "
-                f"change of the weights (relative squared error), {worst.id!r} most, with "
-                f"{worst.error:.3g}."
-            )
+        text = accounting.over_budget(self._adapters, self.budget)
+        if text is not None:
+            _warn(text)
 
     # -- what is in it -----------------------------------------------------------------------
 
@@ -410,7 +315,7 @@ class SharedSubspace:
     @property
     def width(self) -> int:
         """Directions of a component: the rank r of the Share basis, 1 of the joint one."""
-        return self._width()
+        return self._layers[0].width if self._layers else 1
 
     @property
     def errors(self) -> dict[str, float]:
@@ -420,7 +325,7 @@ class SharedSubspace:
     def layer_errors(self, id: str) -> dict[str, float]:  # noqa: A002 - its name
         """Module name → relative squared error of one adapter there."""
         adapter = self._adapters[self._number(id)]
-        return _ratios(self.modules, adapter.lost, adapter.energy)
+        return accounting.ratios(self.modules, adapter.lost, adapter.energy)
 
     def up(self, module: str) -> Tensor:
         """U [d_out, R_u], float32."""
@@ -474,12 +379,7 @@ class SharedSubspace:
         for number, adapter in enumerate(self._adapters):
             if adapter.id == id:
                 return number
-        raise UnknownNameError(
-            "The subspace holds no adapter of that id.",
-            expected=", ".join(map(repr, self.ids[:6])) + (", …" if len(self) > 6 else ""),
-            got=repr(id),
-            key="id",
-        )
+        raise unknown_id("The subspace holds no adapter of that id.", id, self.ids, key="id")
 
     def _layer(self, module: str) -> Layer:
         for layer in self._layers:
@@ -511,25 +411,12 @@ class SharedSubspace:
             allow_base_mismatch: Whether it may name another base model.
         """
         member = self._open(source, None, allow_base_mismatch)
-        allowed = self.budget if budget is None else _share("budget", budget)
+        allowed = self.budget if budget is None else options.check_share("budget", budget)
         with torch.no_grad():
-            parts = self._project(member)
-        energy = sum(p.energy for p in parts.values())
-        gone = sum(p.lost for p in parts.values())
-        codes = {}
-        for m, p in parts.items():
-            if p.layer is not None:
-                left, right = p.layer.wide(p.code)
-                codes[m] = left.mT @ right
-        found = Projection(
-            member.id,
-            gone / energy if energy else 0.0,
-            {m: p.lost / p.energy if p.energy else 0.0 for m, p in parts.items()},
-            allowed,
-            codes=codes,
-        )
+            parts = fitting.project(self._layers, member, self.basis, self.gauge)
+        found = accounting.projected(member.id, parts, allowed)
         if not found.within:
-            _warn(_beyond(found) + " add(…, error=…) keeps the rest as a residual.")
+            _warn(accounting.beyond(found) + " add(…, error=…) keeps the rest as a residual.")
         return found
 
     def add(
@@ -539,6 +426,7 @@ class SharedSubspace:
         *,
         error: float | None = None,
         allow_base_mismatch: bool = False,
+        progress: Progress | None = None,
     ) -> Projection:
         """Adds an adapter with the basis as it is; other adapters do not change.
 
@@ -555,198 +443,52 @@ class SharedSubspace:
             error: The most that it may lose; the budget of the subspace by default. 1 keeps
                 the core only.
             allow_base_mismatch: Whether it may name another base model.
+            progress: Called with (phase, done, total).
 
         Raises:
             ConfigError: The id is taken, or ``error`` is no share.
             BaseMismatchError: It belongs to another base model.
         """
-        allowed = self.budget if error is None else _share("error", error)
+        allowed = self.budget if error is None else options.check_share("error", error)
         member = self._open(source, id, allow_base_mismatch)
-        self._check_new(member.id)
+        admission.check_new(member.id, self.ids)
         with torch.no_grad():
-            parts, codec = self._with_residuals(self._project(member), allowed)
+            parts = fitting.project(self._layers, member, self.basis, self.gauge, progress=progress)
+            parts, codec = fitting.within_budget(self._layers, parts, allowed)
             for layer in self._layers:
                 layer.recode(residual_up=codec, residual_down=codec)
         return self._insert(member, parts, allowed)
 
-    def _with_residuals(
-        self, parts: Mapping[str, Part], allowed: float
-    ) -> tuple[dict[str, Part], Codec]:
-        """The parts with residuals that keep the budget after rounding, and their codec.
-
-        Residuals of others stay as they are stored; without any, more bits are taken where it
-        needs them.
-        """
-        codec: Codec = self._layers[0].residual_up.codec if self._layers else "float32"
-        made, met = chosen(parts, allowed, codec)
-        if any(len(layer.residual_up) for layer in self._layers):
-            return made, codec
-        for finer in FINER[codec]:
-            if met:
-                break
-            other, met = chosen(parts, allowed, finer)
-            if met:
-                made, codec = other, finer
-        return made, codec
-
     def _insert(self, member: Member, parts: Mapping[str, Part], allowed: float) -> Projection:
         """Puts a projected adapter in; what can fail has been done before."""
-        rest = {k: member.rest[k].clone() for k in member.rest}
-        record = member.record
+        none = torch.zeros(0, dtype=torch.float64)
+        adapter = accounting.entry(member, none, none)
         for module, part in parts.items():
             if part.layer is None:
                 self._new_layer(module, member.sizes[module])
-        number = len(self._adapters)
-        energy = torch.zeros(len(self._layers), dtype=torch.float64)
-        gone = torch.zeros_like(energy)
-        for place, layer in enumerate(self._layers):
-            layer.grow()
-            if layer.module not in parts:
-                continue
-            part = parts[layer.module]
-            layer.put(number, part.code)
-            # As it is stored now, residual and rounding included.
-            energy[place] = part.energy
-            gone[place] = float(share.distance(*part.whole, *layer.rows(number)))
-        self._adapters.append(Adapter(member.id, record, rest, member.nbytes, energy, gone))
-        made = self._projection(number, allowed)
+        energy, gone = fitting.insert(self._layers, parts)
+        self._adapters.append(replace(adapter, energy=energy, lost=gone))
+        made = accounting.projection(self._layers, self._adapters, len(self) - 1, allowed)
         if not made.within:
-            text = _beyond(made)
-            codec = self._layers[0].residual_up.codec
-            if made.residual_rank and codec != "float32":
-                text += (
-                    f" That is the rounding of its residual to {codec}; remove it, "
-                    "quantize(…, residuals=16), and add it again."
-                )
-            _warn(text)
+            _warn(accounting.beyond(made, self._layers[0].residual_up.codec))
         return made
 
-    def _projection(self, number: int, allowed: float) -> Projection:
-        adapter = self._adapters[number]
-        ranks = {
-            layer.module: int(layer.index[number, 3])
-            for layer in self._layers
-            if layer.index[number, 3]
-        }
-        return Projection(
-            adapter.id,
-            adapter.error,
-            _ratios(self.modules, adapter.lost, adapter.energy),
-            allowed,
-            ranks,
-            self._adapter_bytes(number),
-        )
-
     def _new_layer(self, module: str, sizes: tuple[int, int]) -> None:
-        """A layer that no adapter had so far: an empty basis."""
-        d_in, d_out = sizes
-        width = self._width()
-        start = width if self.basis == "share" else 0
-        layer = Layer.new(
-            module, torch.zeros(start, d_out), torch.zeros(start, d_in), len(self), width
-        )
-        if self._layers:
-            like = self._layers[0]
-            names = ("up", "down", "left", "right", "residual_up", "residual_down")
-            layer.recode(**{name: getattr(like, name).codec for name in names})
+        """A layer that no adapter had so far, (d_in, d_out): an empty basis."""
+        like = self._layers[0] if self._layers else None
+        layer = fitting.blank(module, sizes, self.basis, like, len(self))
+        if like is not None:
+            layer.recode(**fitting.codecs_of(like))
         self._layers.append(layer)
         for adapter in self._adapters:
             adapter.energy = torch.cat((adapter.energy, adapter.energy.new_zeros(1)))
             adapter.lost = torch.cat((adapter.lost, adapter.lost.new_zeros(1)))
 
-    def _width(self) -> int:
-        return self._layers[0].width if self._layers else 1
-
     def _open(self, source: Source, id: str | None, allow_base_mismatch: bool) -> Member:  # noqa: A002
-        member = open_members(
-            [source] if id is None else {id: source}, allow_base_mismatch=allow_base_mismatch
-        )
-        if len(member) != 1:
-            raise ConfigError(
-                "That is more than one adapter.", expected="one", got=len(member), key="source"
-            )
-        (one,) = member
-        self._check_base(one, allow_base_mismatch)
+        """The one adapter that a source stands for, of the same base model."""
+        one = admission.open_one(source, id, allow_base_mismatch=allow_base_mismatch)
+        admission.check_base(one, self.base, self._layers, allow_base_mismatch=allow_base_mismatch)
         return one
-
-    def _check_base(self, member: Member, allow_base_mismatch: bool) -> None:
-        if not allow_base_mismatch:
-            mine, theirs = self.base, member.weights.base
-            reason = None
-            if mine.fingerprint is not None and theirs.fingerprint is not None:
-                difference = mine.fingerprint.compare(theirs.fingerprint)
-                reason = None if difference.same else str(difference)
-            elif mine.name is not None and theirs.name is not None and mine.name != theirs.name:
-                reason = "by their names"
-            if reason is not None:
-                raise BaseMismatchError(
-                    f"The adapter {member.id!r} was made for another base model than the "
-                    f"subspace ({reason}).",
-                    expected=mine.name,
-                    got=theirs.name,
-                    fix="take adapters of one base model, or pass allow_base_mismatch=True "
-                    "(--allow-base-mismatch) if the two are the same",
-                )
-        for module, (d_in, d_out) in member.sizes.items():
-            if module in self.modules and self._layer(module).sizes != (d_out, d_in):
-                known = self._layer(module).sizes
-                raise BaseMismatchError(
-                    f"The adapter {member.id!r} was made for another base model than the "
-                    "subspace: a layer has other sizes.",
-                    key=module,
-                    expected=f"{known[1]} → {known[0]}",
-                    got=f"{d_in} → {d_out}",
-                )
-
-    def _check_new(self, name: str) -> None:
-        check_id(name)
-        if name in self.ids:
-            raise ConfigError(
-                "The subspace holds an adapter of that id already.",
-                got=repr(name),
-                fix="choose another id, or remove that one first",
-                key="id",
-            )
-
-    def _project(self, member: Member) -> dict[str, Part]:
-        """What the basis holds of each layer of an adapter, and what is left over."""
-        self_layers = {layer.module: layer for layer in self._layers}
-        found: dict[str, Part] = {}
-        for module in member.modules:
-            factors = member.factors(module)
-            A, B = factors.A, factors.B.mT.contiguous()
-            layer = self_layers.get(module)
-            if layer is None:
-                width = self._width()
-                start = width if self.basis == "share" else 0
-                blank = Layer.new(
-                    module, B.new_zeros(start, B.shape[1]), A.new_zeros(start, A.shape[1]), 0, width
-                )
-                code = self._fit(blank, A, B)
-                found[module] = Part.of(None, code, blank, A, B)
-            else:
-                found[module] = Part.of(layer, self._fit(layer, A, B), layer, A, B)
-        return found
-
-    def _fit(self, layer: Layer, A: Tensor, B: Tensor) -> Code:
-        """The code of ΔW in a layer's basis, whatever that is; no residual."""
-        up, down = layer.up.unpack(), layer.down.unpack()
-        none = B.new_zeros(0, B.shape[1]), A.new_zeros(0, A.shape[1])
-        if self.basis == "joint":
-            if not len(up) or not len(down):
-                return Code(FACTORED, B.new_zeros(0, len(up)), A.new_zeros(0, len(down)), *none)
-            right, left = share.balance(
-                incremental.coordinates(A, down), incremental.coordinates(B, up)
-            )
-            if layer.diagonal:
-                return coded(left, right, layer.sizes, diagonal=True)
-            return coded(left, right, layer.sizes)
-        r = layer.width
-        A, B = share.placed(A, B, down[:r], up[:r], self.gauge or "aligned")
-        ups, downs = up.view(-1, r * up.shape[1]), down.view(-1, r * down.shape[1])
-        left = incremental.coordinates(B.reshape(1, -1), ups)
-        right = incremental.coordinates(A.reshape(1, -1), downs)
-        return Code(LOADINGS, left, right, *none)
 
     # -- taking adapters out -----------------------------------------------------------------
 
@@ -759,13 +501,7 @@ class SharedSubspace:
 
     def factors(self, id: str) -> dict[str, LayerFactors]:  # noqa: A002
         """Module name → factors of what is held of an adapter, core and residual together."""
-        number = self._number(id)
-        found = {}
-        for layer in self._layers:
-            if layer.has(number):
-                A, B = layer.rows(number)
-                found[layer.module] = LayerFactors(A, B.mT)
-        return found
+        return reconstruction.factors(self._layers, self._number(id))
 
     def reconstruct(
         self,
@@ -787,26 +523,9 @@ class SharedSubspace:
             UnknownNameError: There is no such adapter.
             ConfigError: ``rank`` is not usable.
         """
-        if rank not in ("original", "exact") and (type(rank) is not int or rank < 1):
-            raise ConfigError(
-                "rank is not usable.",
-                expected='"original", "exact", or an integer of at least 1',
-                got=repr(rank),
-                key="rank",
-            )
-        adapter = self._adapters[self._number(id)]
-        made = {}
-        for module, factors in self.factors(id).items():
-            if rank == "exact":
-                most = min(*self._layer(module).sizes)
-            elif rank == "original":
-                most = adapter.record.ranks[module]
-            else:
-                most = min(rank, *self._layer(module).sizes)
-            made[module] = _cut(factors, most)
-        if rank == "original":
-            return rebuild(adapter.record, made, rest=adapter.rest, rank="original", dtype=dtype)
-        return rebuild(adapter.record, made, rest=adapter.rest, dtype=dtype)
+        options.check_rank(rank)
+        number = self._number(id)
+        return reconstruction.reconstruct(self._layers, number, self._adapters[number], rank, dtype)
 
     # -- extending the basis -----------------------------------------------------------------
 
@@ -818,6 +537,7 @@ class SharedSubspace:
         error: float | None = None,
         components: int | None = None,
         allow_base_mismatch: bool = False,
+        progress: Progress | None = None,
     ) -> Absorbed:
         """Extends the basis by adapters, exactly, and cuts it to the budget again.
 
@@ -835,12 +555,15 @@ class SharedSubspace:
             components: In its place: how many directions (joint) or components (share) every
                 layer has afterwards, at most.
             allow_base_mismatch: Whether they may name another base model.
+            progress: Called with (phase, done, total).
         """
-        allowed = self.budget if error is None else _share("error", error)
+        allowed = self.budget if error is None else options.check_share("error", error)
         members = open_members(sources, ids, allow_base_mismatch=allow_base_mismatch)
         for member in members:
-            self._check_base(member, allow_base_mismatch)
-            self._check_new(member.id)
+            admission.check_base(
+                member, self.base, self._layers, allow_base_mismatch=allow_base_mismatch
+            )
+            admission.check_new(member.id, self.ids)
         before = {layer.module: layer.ranks for layer in self._layers}
         old = len(self._adapters)
         for member in members:
@@ -848,61 +571,36 @@ class SharedSubspace:
                 if module not in self.modules:
                     self._new_layer(module, member.sizes[module])
         with torch.no_grad():
-            absorb = absorb_joint
-            if self.basis == "share":
-                absorb = partial(absorb_share, gauge=self.gauge or "aligned")
-            entering, codecs = self._prepare(members), self._codecs()
-            layers, moved = absorb(
-                self._layers, self._adapters, entering, members, allowed, components
+            zeros = torch.zeros(len(self._layers), dtype=torch.float64)
+            entering = [accounting.entry(m, zeros.clone(), zeros.clone()) for m in members]
+            self._layers, moved, rounded = absorbing.absorb(
+                self._layers,
+                self._adapters,
+                entering,
+                members,
+                allowed,
+                components,
+                basis=self.basis,
+                gauge=self.gauge,
+                progress=progress,
             )
-            rounds = any(codec != "float32" for codec in codecs.values())
-            if rounds:
-                for place, (was, layer) in enumerate(zip(self._layers, layers, strict=True)):
-                    requantise(layer, codecs)
-                    moved[:old, place] = _distances(was, layer, old)
-            self._layers = layers
-            report = self._settle(entering, moved)
-            if rounds:
-                measure(self._layers, self._adapters, members, old)
-        added = tuple(self._projection(n, allowed) for n in range(old, len(self._adapters)))
+            report = accounting.enter(self._adapters, moved[:old])
+            for n, adapter in enumerate(entering, start=old):
+                adapter.lost = moved[n].clone()
+            self._adapters = [*self._adapters, *entering]
+            if rounded:
+                quantizing.measure(self._layers, self._adapters, members, old)
+        added = tuple(
+            accounting.projection(self._layers, self._adapters, n, allowed)
+            for n in range(old, len(self._adapters))
+        )
         for record in added:
             if not record.within:
-                _warn(_beyond(record))
+                _warn(accounting.beyond(record))
         ranks = {
             layer.module: (before.get(layer.module, (0, 0)), layer.ranks) for layer in self._layers
         }
         return Absorbed(added, report, ranks)
-
-    def _prepare(self, members: Sequence[Member]) -> list[Adapter]:
-        """Records of new adapters, with places for what is measured."""
-        new = []
-        for member in members:
-            zeros = torch.zeros(len(self._layers), dtype=torch.float64)
-            rest = {k: member.rest[k].clone() for k in member.rest}
-            new.append(Adapter(member.id, member.record, rest, member.nbytes, zeros, zeros.clone()))
-        return new
-
-    def _codecs(self) -> dict[str, Codec]:
-        """Part of a layer → how it is stored, the same on all of them."""
-        return {name: getattr(self._layers[0], name).codec for name in PARTS}
-
-    def _settle(self, entering: Sequence[Adapter], moved: Tensor) -> dict[str, float]:
-        """Enters what a truncation has moved [N, L] into the errors; the new adapters come in."""
-        old = len(self._adapters)
-        for n, adapter in enumerate(entering):
-            adapter.lost = moved[old + n].clone()
-        report = self._move(moved[:old])
-        self._adapters = [*self._adapters, *entering]
-        return report
-
-    def _move(self, moved: Tensor) -> dict[str, float]:
-        """Enters squared distances [N, L] that adapters have moved by into their errors."""
-        report = {}
-        for n, adapter in enumerate(self._adapters):
-            adapter.lost = (adapter.lost.sqrt() + moved[n].sqrt()).square()
-            whole = float(adapter.energy.sum())
-            report[adapter.id] = float(moved[n].sum()) / whole if whole else 0.0
-        return report
 
     # -- tasks that are trained in the subspace -----------------------------------------------
 
@@ -925,47 +623,14 @@ class SharedSubspace:
         Raises:
             ConfigError: The id is taken, or a core has another shape than the basis asks for.
         """
-        self._check_new(id)
-        codes = {}
-        for module, given in cores.items():
-            layer = self._layer(module)
-            none = torch.zeros(0, layer.sizes[0]), torch.zeros(0, layer.sizes[1])
-            if isinstance(given, tuple):
-                left, right = (t.detach().float().reshape(1, -1) for t in given)
-                wanted: tuple[int, ...] = (
-                    len(layer.up) // layer.width,
-                    len(layer.down) // layer.width,
-                )
-                got: tuple[int, ...] = (left.shape[1], right.shape[1])
-                code = Code(LOADINGS, left, right, *none)
-            else:
-                core = given.detach().float()
-                wanted, got = layer.ranks, tuple(core.shape)
-                code = Code(FULL, torch.zeros(0, len(layer.up)), core, *none)
-                if wanted == got and min(got) > 1 and is_diagonal(core):
-                    values = torch.diagonal(core).reshape(1, -1)
-                    code = replace(code, kind=DIAGONAL, right=values)
-            if wanted != got or isinstance(given, tuple) != (self.basis == "share"):
-                raise ConfigError(
-                    "A core does not fit the basis.",
-                    expected=f"{'loadings' if self.basis == 'share' else 'a core'} {list(wanted)}",
-                    got=list(got),
-                    key=module,
-                )
-            codes[module] = code
-        number = len(self._adapters)
-        energy = torch.zeros(len(self._layers), dtype=torch.float64)
-        for place, layer in enumerate(self._layers):
-            layer.grow()
-            if layer.module in codes:
-                layer.put(number, codes[layer.module])
-                A, B = layer.rows(number)
-                energy[place] = incremental.square(A, B)
+        admission.check_new(id, self.ids)
+        codes = {
+            module: fitting.given(self._layer(module), core, self.basis)
+            for module, core in cores.items()
+        }
+        energy = fitting.insert_codes(self._layers, codes)
         carried = {k: v.detach().clone() for k, v in (rest or {}).items()}
-        size = {"float32": 4, "float64": 8}.get(record.dtype, 2)
-        nbytes = size * sum(
-            r * sum(record.sizes[m]) for m, r in record.ranks.items() if m in record.sizes
-        ) + sum(t.numel() * t.element_size() for t in carried.values())
+        nbytes = accounting.original_bytes(record, carried.values())
         self._adapters.append(
             Adapter(id, record, carried, nbytes, energy, torch.zeros_like(energy))
         )
@@ -979,36 +644,7 @@ class SharedSubspace:
                 one component each.
             down: New rows of V [n', d_in].
         """
-        layer = self._layer(module)
-        rows_up, rows_down = up.detach().float().mT.contiguous(), down.detach().float()
-        fits = rows_up.shape[1:] == (layer.sizes[0],) and rows_down.shape[1:] == (layer.sizes[1],)
-        if not fits or len(rows_up) % layer.width or len(rows_down) % layer.width:
-            raise ConfigError(
-                "The new directions do not fit the layer.",
-                expected=f"up [{layer.sizes[0]}, n] and down [n, {layer.sizes[1]}]"
-                + (f", n a multiple of {layer.width}" if layer.width > 1 else ""),
-                got=f"up {list(up.shape)} and down {list(down.shape)}",
-                key=module,
-            )
-        codes = layer.codes()
-        more_up, more_down = len(rows_up) // layer.width, len(rows_down) // layer.width
-        pad = torch.nn.functional.pad
-        wide = []
-        for code in codes:
-            left = pad(code.left, (0, more_up))
-            if code.kind == FULL:
-                right = pad(code.right, (0, more_down, 0, more_up))
-            elif code.kind == DIAGONAL:
-                Ru, Rd = len(layer.up) + more_up, len(layer.down) + more_down
-                size = min(Ru, Rd) if layer.diagonal else Rd
-                right = pad(code.right, (0, size - code.right.shape[1]))
-            else:
-                right = pad(code.right, (0, more_down))
-            wide.append(replace(code, left=left, right=right))
-        pack = type(layer.up).pack
-        layer.up = type(layer.up).join([layer.up, pack(rows_up, layer.up.codec)])
-        layer.down = type(layer.down).join([layer.down, pack(rows_down, layer.down.codec)])
-        layer.refill(wide)
+        fitting.extend(self._layer(module), up, down)
 
     # -- bytes -------------------------------------------------------------------------------
 
@@ -1037,24 +673,16 @@ class SharedSubspace:
         Returns:
             Bytes before and after, and how far each adapter has moved.
         """
-        chosen: dict[str, Codec] = {}
-        for names, own in (
-            (("up", "down"), basis),
-            (("left", "right"), codes),
-            (("residual_up", "residual_down"), residuals),
-        ):
-            codec = codec_of(bits if own is None else own)
-            if own is None and self.basis == "share" and "left" in names and codec in FOUR_BITS:
-                codec = "int8"
-            chosen |= dict.fromkeys(names, codec)
+        loadings = self.basis == "share"
+        wanted = options.codecs_of(bits, basis, codes, residuals, loadings=loadings)
         before = self.stats()
         moved = torch.zeros(len(self), len(self._layers), dtype=torch.float64)
         with torch.no_grad():
             for place, layer in enumerate(self._layers):
-                moved[:, place] = requantise(layer, chosen)
-        report = self._move(moved)
+                moved[:, place] = quantizing.requantise(layer, wanted)
+        report = accounting.enter(self._adapters, moved)
         after = self.stats()
-        return Quantized(_compressed(before), _compressed(after), report)
+        return Quantized(accounting.compressed(before), accounting.compressed(after), report)
 
     def measure(self, source: Source, id: str, *, allow_base_mismatch: bool = False) -> Projection:  # noqa: A002
         """The true error of an adapter, by comparing with the original; kept in ``errors``.
@@ -1066,69 +694,14 @@ class SharedSubspace:
         """
         number = self._number(id)
         member = self._open(source, id, allow_base_mismatch)
-        adapter = self._adapters[number]
-        if set(member.modules) != {m.module for m in self._layers if m.has(number)}:
-            raise ConfigError(
-                "That is not the adapter that is held under this id: it has other layers.",
-                got=repr(id),
-                key="source",
-            )
-        for place, layer in enumerate(self._layers):
-            if layer.has(number):
-                factors = member.factors(layer.module)
-                A, B = factors.A, factors.B.mT
-                adapter.energy[place] = incremental.square(A, B)
-                adapter.lost[place] = float(share.distance(A, B, *layer.rows(number)))
-        return self._projection(number, self.budget)
-
-    def _adapter_bytes(self, number: int) -> int:
-        total = sum(t.numel() * t.element_size() for t in self._adapters[number].rest.values())
-        for layer in self._layers:
-            for name, column in (
-                ("left", 1),
-                ("right", 2),
-                ("residual_up", 3),
-                ("residual_down", 3),
-            ):
-                rows = getattr(layer, name)
-                one = rows.take(0, 1).nbytes if len(rows) else 0
-                total += one * int(layer.index[number, column])
-        return total
+        held = [layer.module for layer in self._layers if layer.has(number)]
+        admission.check_same_layers(member, held, id)
+        quantizing.measure(self._layers, self._adapters, [member], number)
+        return accounting.projection(self._layers, self._adapters, number, self.budget)
 
     def stats(self) -> Stats:
         """Bytes of everything that is held."""
-        sums = {
-            name: sum(getattr(layer, name).nbytes for layer in self._layers)
-            for name in ("up", "down", "left", "right", "residual_up", "residual_down")
-        }
-        rest = sum(t.numel() * t.element_size() for a in self._adapters for t in a.rest.values())
-        index = sum(layer.index.numel() * layer.index.element_size() for layer in self._layers)
-        index += sum(
-            t.numel() * t.element_size() for a in self._adapters for t in (a.energy, a.lost)
-        )
-        codecs = {}
-        if self._layers:
-            like = self._layers[0]
-            codecs = {
-                "basis": like.up.codec,
-                "codes": like.right.codec,
-                "residuals": like.residual_up.codec,
-            }
-        return Stats(
-            adapters=len(self),
-            layers=len(self._layers),
-            basis=sums["up"] + sums["down"],
-            codes=sums["left"] + sums["right"],
-            residuals=sums["residual_up"] + sums["residual_down"],
-            rest=rest,
-            index=index,
-            original=sum(a.nbytes for a in self._adapters),
-            original_rest=rest,
-            disk=self._disk,
-            per_adapter={a.id: self._adapter_bytes(n) for n, a in enumerate(self._adapters)},
-            ranks={layer.module: layer.ranks for layer in self._layers},
-            codecs=codecs,
-        )
+        return accounting.stats(self._layers, self._adapters, self._disk)
 
     # -- files -------------------------------------------------------------------------------
 
@@ -1155,153 +728,5 @@ class SharedSubspace:
         return store.problems(self)
 
 
-# Inside ---------------------------------------------------------------------------------------
-
-
-def _cut(factors: LayerFactors, most: int) -> LayerFactors:
-    """Factors of at most that rank, the nearest ones."""
-    d_out, d_in = factors.B.shape[0], factors.A.shape[1]
-    if 0 < factors.rank <= most:
-        return factors
-    if not factors.rank:
-        return LayerFactors(torch.zeros(1, d_in), torch.zeros(d_out, 1))
-    spectrum = Product(factors.B.to(torch.float64), factors.A.to(torch.float64)).spectrum()
-    made = spectrum.factors(max(1, min(most, spectrum.useful)), 1.0)
-    return LayerFactors(made["A"], made["B"])
-
-
-def _distances(old: Layer, new: Layer, count: int) -> Tensor:
-    """‖ΔŴ − ΔŴ'‖² of the first adapters [count], float64."""
-    before, after = ((x, x.up.unpack(), x.down.unpack()) for x in (old, new))
-    found = torch.zeros(count, dtype=torch.float64)
-    for n in range(count):
-        if old.has(n):
-            was, now = (x.rows(n, up, down) for x, up, down in (before, after))
-            found[n] = share.distance(*was, *now)
-    return found
-
-
-def _ratios(modules: Iterable[str], lost: Tensor, energy: Tensor) -> dict[str, float]:
-    found = {}
-    for module, gone, whole in zip(modules, lost.tolist(), energy.tolist(), strict=True):
-        if whole:
-            found[module] = gone / whole
-    return found
-
-
-def _compressed(stats: Stats) -> int:
-    return stats.basis + stats.codes + stats.residuals
-
-
-def _base(members: Sequence[Member]) -> BaseModel:
-    """The base with the most known of it."""
-    bases = [m.weights.base for m in members]
-    known = [b for b in bases if b.fingerprint is not None] or [b for b in bases if b.name] or bases
-    return known[0]
-
-
-def _sizes(members: Sequence[Member]) -> dict[str, tuple[int, int]]:
-    """Module name → (d_in, d_out), in the order of the layers."""
-    found: dict[str, tuple[int, int]] = {}
-    for member in members:
-        for module, (d_in, d_out) in member.sizes.items():
-            if module in found:
-                continue
-            if not d_in or not d_out:
-                factors = member.factors(module)
-                d_in, d_out = factors.A.shape[1], factors.B.shape[0]
-            found[module] = (d_in, d_out)
-    return found
-
-
-def _target(
-    error: float | None, variance: float | None, components: int | None, per_layer: bool
-) -> Target:
-    given = [
-        k
-        for k, v in (("error", error), ("variance", variance), ("components", components))
-        if v is not None
-    ]
-    if len(given) > 1:
-        raise ConfigError(
-            "These exclude each other.", expected="one of them", got=", ".join(given), key=given[1]
-        )
-    if components is not None and (type(components) is not int or components < 1):
-        raise ConfigError(
-            "components is not usable.",
-            expected="an integer of at least 1",
-            got=repr(components),
-            key="components",
-        )
-    if variance is not None:
-        _share("variance", variance)
-    if not given:
-        error = DEFAULT_ERROR
-    if error is not None:
-        _share("error", error)
-    return Target(error, variance, components, per_layer)
-
-
-def _budget(target: Target) -> float:
-    return target.error if target.error is not None else DEFAULT_ERROR
-
-
-def _check_bits(bits: int | str | None) -> None:
-    if bits is not None:
-        codec_of(bits)
-
-
-def _finished(
-    build: Callable[[Target], SharedSubspace],
-    measured: Callable[[SharedSubspace], None] | None,
-    target: Target,
-    bits: int | str | None,
-    *,
-    again: bool = True,
-) -> SharedSubspace:
-    """A fleet in so many bits; warns where adapters are beyond the budget."""
-    if bits is None:
-        made = build(target)
-    elif target.error is None:
-        made = build(target)
-        made.quantize(bits)
-        if measured is not None:
-            measured(made)
-    else:
-        made = within_budget(
-            lambda error: build(replace(target, error=error)),
-            measured,
-            target.error,
-            bits,
-            again=again,
-        )
-    made.check_budget()
-    return made
-
-
-def _share(name: str, value: float) -> float:
-    number: object = value
-    if isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number <= 1:
-        return float(number)
-    raise ConfigError(f"{name} is not a share.", expected="0 to 1", got=repr(value), key=name)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(
-            f"{name} is not usable.",
-            expected=", ".join(map(repr, choices)),
-            got=repr(value),
-            key=name,
-        )
-
-
 def _warn(text: str) -> None:
     warnings.warn(text, BudgetWarning, stacklevel=3)
-
-
-def _beyond(found: Projection) -> str:
-    return (
-        f"The subspace holds the adapter {found.id!r} with an error of {found.error:.3g} of its "
-        f"squared change of the weights, above the budget of {found.budget:.3g}."
-    )

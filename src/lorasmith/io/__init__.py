@@ -1,8 +1,9 @@
 """Adapters as files: PEFT's directories, written atomically and read strictly.
 
-``files`` has the functions for users, ``weights`` the adapter as a value, ``peft`` what
-PEFT's fields mean, ``atomic`` how a directory is replaced, ``fingerprint`` which base an
-adapter belongs to, ``hub`` where the files are.
+``files`` has the functions for users, ``weights`` the adapter as a value (with ``layout``,
+``configuration``, ``assembly``, ``writing`` and ``checks`` beside it), ``peft`` what PEFT's
+fields mean, ``atomic`` how a directory is replaced, ``fingerprint`` which base an adapter
+belongs to, ``hub`` where the files are.
 """
 
 from __future__ import annotations

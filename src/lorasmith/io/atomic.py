@@ -39,6 +39,7 @@ from lorasmith.errors import AdapterFileError, LorasmithError
 
 __all__ = [
     "exchange",
+    "explained_failure",
     "interrupted",
     "leftovers",
     "locked",
@@ -133,6 +134,27 @@ def replace_files(target: Path, owned: Collection[str], write: Callable[[Path], 
             _discard(stage, target, owned)
             raise
         _swap_in(stage, target, owned)
+
+
+@contextmanager
+def explained_failure(
+    what: str, target: Path, kind: type[LorasmithError] = AdapterFileError
+) -> Iterator[None]:
+    """Around writing: turns an ``OSError`` into an error of ours that says what was not written.
+
+    Args:
+        what: What is written, e.g. ``"The export"``.
+        target: Where it would be.
+        kind: Class of the error.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind(
+            f"{what} could not be written: {error}.",
+            file=target,
+            fix="check free space and permissions of the directory above",
+        ) from error
 
 
 def _swap_in(stage: Path, target: Path, owned: Collection[str]) -> None:

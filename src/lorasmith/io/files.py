@@ -26,12 +26,19 @@ from lorasmith.core.attach import check_free, put, refuse_unreadable, trainable_
 from lorasmith.core.config import AdapterConfig
 from lorasmith.core.factors import factors_of
 from lorasmith.core.layers import LayerInfo, device_of
+from lorasmith.core.patterns import first_matching_key
 from lorasmith.core.quantized import refuse_gradless
 from lorasmith.core.registry import variant_of
 from lorasmith.core.state import LayerAdapter, SharedTensors
 from lorasmith.core.targets import candidates
 from lorasmith.core.variant import Factors, NewTensors
-from lorasmith.errors import AdapterFileError, BaseMismatchError, ConfigError, LorasmithError
+from lorasmith.errors import (
+    AdapterFileError,
+    BaseMismatchError,
+    ConfigError,
+    FuseError,
+    LorasmithError,
+)
 from lorasmith.io import peft
 from lorasmith.io.fingerprint import Fingerprint, fingerprint
 from lorasmith.io.hub import locate
@@ -179,7 +186,7 @@ def _read(folder: Path) -> AdapterWeights:
     else:
         config, unsupported = translate(fields, tensors, config_file)
     try:
-        return AdapterWeights(
+        weights = AdapterWeights(
             config,
             fields,
             tensors,
@@ -190,6 +197,9 @@ def _read(folder: Path) -> AdapterWeights:
             unsupported=unsupported,
             path=folder,
         )
+        if record is not None and unsupported is None:
+            _agree_on_layers(weights, own_file)
+        return weights
     except AdapterFileError as error:
         if error.file is not None:
             raise
@@ -251,27 +261,50 @@ def _agree(config: AdapterConfig, fields: Mapping[str, Any], file: Path) -> None
     """Our configuration and PEFT's must say the same: nobody has edited ours."""
     variant = variant_of(config)
     for frozen in ((), ("A0", "B0")):
-        mine = variant.to_peft(variant.file_config(config, frozen), {})
+        mine = {"peft_type": variant.peft_type}
+        mine |= variant.to_peft(variant.file_config(config, frozen), {})
         # How it began is told to PEFT in other words; the rest depends on the layers.
         keys = [
             k
             for k, v in mine.items()
-            if k in fields
-            and isinstance(v, int | float | str)
+            if isinstance(v, int | float | str)
             and k != "fan_in_fan_out"
             and not k.startswith("init_")
         ]
-        wrong = [k for k in keys if mine[k] != fields[k]]
+        wrong = [k for k in keys if k not in fields or mine[k] != fields[k]]
         if not wrong:
             return
-    raise AdapterFileError(
+    raise _disagree(wrong[0], fields.get(wrong[0]), mine[wrong[0]], file)
+
+
+def _disagree(key: str, theirs: object, mine: object, file: Path) -> AdapterFileError:
+    return AdapterFileError(
         f"{OWN} and {peft.CONFIG} describe different adapters.",
         file=file,
-        key=wrong[0],
-        expected=repr(fields[wrong[0]]),
-        got=repr(mine[wrong[0]]),
+        key=key,
+        expected=repr(theirs)[:200],
+        got=repr(mine)[:200],
         fix=f"save or copy the adapter again, or delete {OWN}",
     )
+
+
+def _agree_on_layers(weights: AdapterWeights, file: Path) -> None:
+    """What depends on the layers must agree as well: patterns, targets, whole modules."""
+    variant, fields, modules = weights.variant, weights.peft, weights.modules
+    mine = variant.to_peft(variant.file_config(weights.config, weights.frozen), weights.layers)
+    for key in [k for k, v in mine.items() if k.endswith("_pattern") and isinstance(v, Mapping)]:
+        # What matches no layer is not written.
+        used = {first_matching_key(mine[key], m) for m in modules} if mine[key] else set()
+        wanted = {k: v for k, v in mine[key].items() if k in used}
+        if (fields.get(key) or {}) != wanted:
+            raise _disagree(key, fields.get(key), wanted, file)
+    targets = peft.targeted(fields, modules, lambda _: False)
+    if targets is not None and targets != set(modules):
+        left = sorted(set(modules) - targets)
+        raise _disagree("target_modules", fields["target_modules"], f"{left[0]} too", file)
+    for name in fields.get("modules_to_save") or ():
+        if not any(f".{m}".endswith(f".{name}") for m in weights.saved_modules):
+            raise _disagree("modules_to_save", fields["modules_to_save"], "no such tensors", file)
 
 
 def _names(record: Mapping[str, Any] | None, key: str, file: Path) -> list[str]:
@@ -391,6 +424,36 @@ def _default_name(root: nn.Module, given: Path, found: Path) -> str:
     # What the user wrote, or the subdirectory in it; not the hub's cache directory.
     last = found.name if given.exists() else given.name
     return re.sub(r"[^A-Za-z0-9_-]+", "_", Path(last).name).lstrip("-")[:128] or "adapter"
+
+
+def check_fusable(
+    adapter: AdapterWeights, *, unsupported: str, dependent: str, so: str = ""
+) -> None:
+    """Raises unless there is a weight for every layer that acts like the adapted one.
+
+    Args:
+        adapter: The adapter.
+        unsupported: What to do about an adapter that lorasmith has no name for.
+        dependent: What to do about one whose change depends on its input.
+        so: What follows from that, at the end of the sentence.
+
+    Raises:
+        AdapterFileError: Only PEFT can use it.
+        FuseError: What it does depends on the input.
+    """
+    if adapter.unsupported is not None:
+        raise AdapterFileError(
+            adapter.unsupported,
+            file=adapter.path and adapter.path / peft.CONFIG,
+            fix=unsupported,
+        )
+    if not adapter.variant.fusable:
+        raise FuseError(
+            f"What {adapter.variant.name} does depends on the input: there is no weight that "
+            f"acts like the adapted layer{so}.",
+            file=adapter.path,
+            fix=dependent,
+        )
 
 
 def _refuse_unexpected(root: nn.Module, weights: AdapterWeights, file: Path) -> None:

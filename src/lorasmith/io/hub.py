@@ -3,7 +3,9 @@
 URLs are read through fsspec (``s3://``, ``gs://``, ``https://``, ``memory://``, …; the package
 for the protocol must be installed). safetensors maps files, and those of a URL cannot be, so the
 adapter's two or three files are copied into a temporary directory of this process first. A
-copy serves again while the file system says the same of the files (size, time, ETag).
+copy serves again while the file system says the same of the files (size, time, ETag), until
+the process ends; or until all that it was made for have said that they are done with it
+(:func:`release`), as fleets of many adapters do.
 ``hf://owner/name[@revision][/folder]`` goes through the hub's own cache. :func:`fetch` does the
 same for directories of other files.
 
@@ -22,10 +24,12 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lorasmith.errors import AdapterFileError, MissingDependencyError
 from lorasmith.io import peft
@@ -50,6 +54,7 @@ __all__ = [
     "is_url",
     "listed",
     "locate",
+    "release",
 ]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -319,7 +324,7 @@ def _copy(files: Any, root: str, names: Sequence[str], *, last: bool) -> Path | 
     identity = repr((files.to_json(), root, sorted(present.items())))
     digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
     folder = _Copies.root() / digest / (root.rsplit("/", 1)[-1] or "adapter")
-    if folder.is_dir():
+    if _Copies.take(folder):
         return folder
     # Whole or not at all: what was cut off is not taken for a copy the next time.
     partial = Path(tempfile.mkdtemp(dir=_Copies.root()))
@@ -339,12 +344,7 @@ def _copy(files: Any, root: str, names: Sequence[str], *, last: bool) -> Path | 
         # Without files on their way it is for the reader to say what does not fit.
         if wrong and _has_staging(files, root):
             return None
-        folder.parent.mkdir(exist_ok=True)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another thread was faster
-                raise
+        _Copies.put(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -453,11 +453,23 @@ def failures() -> tuple[type[BaseException], ...]:
     return tuple(found)
 
 
+def release(folder: Path) -> None:
+    """Says that a directory that ``locate`` or ``fetch`` gave is not read any more.
+
+    A copy of what is at a URL is removed as soon as all to whom it was given have said so; of
+    any other directory nothing happens. What has been mapped can be read all the same.
+    """
+    _Copies.release(folder)
+
+
 class _Copies:
     """The directory of this process for copies of files that cannot be mapped."""
 
     _root: Path | None = None
     _owner = 0
+    _lock = threading.RLock()
+    #: Copy → how many have been given it and not released it.
+    _readers: ClassVar[Counter[Path]] = Counter()
 
     @classmethod
     def root(cls) -> Path:
@@ -466,6 +478,35 @@ class _Copies:
             cls._root, cls._owner = Path(tempfile.mkdtemp(prefix="lorasmith-")), os.getpid()
             atexit.register(cls._remove, cls._root, cls._owner)
         return cls._root
+
+    @classmethod
+    def take(cls, folder: Path) -> bool:
+        """Whether there is that copy; then it has one reader more."""
+        with cls._lock:
+            if not folder.is_dir():
+                return False
+            cls._readers[folder] += 1
+            return True
+
+    @classmethod
+    def put(cls, made: Path, folder: Path) -> None:
+        """Puts a copy into its place, unless another thread was faster, for one reader more."""
+        with cls._lock:
+            if not folder.is_dir():
+                folder.parent.mkdir(exist_ok=True)
+                made.rename(folder)
+            cls._readers[folder] += 1
+
+    @classmethod
+    def release(cls, folder: Path) -> None:
+        """One reader less; without any the copy goes. Of its own process only."""
+        with cls._lock:
+            if cls._owner != os.getpid() or not cls._readers[folder]:
+                return
+            cls._readers[folder] -= 1
+            if not cls._readers[folder]:
+                del cls._readers[folder]
+                shutil.rmtree(folder.parent, ignore_errors=True)
 
     @staticmethod
     def _remove(folder: Path, owner: int) -> None:

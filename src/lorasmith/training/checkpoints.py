@@ -3,11 +3,13 @@
 A checkpoint is a directory ``checkpoint-STEP`` that holds the adapter (a PEFT directory by
 itself), the exact values of its tensors, the states of optimiser, scheduler, random numbers
 and Trainer, and never the base weights. It is written under another name and renamed when
-everything is on disk; ``manifest.json`` lists every file with its size and SHA-256.
+everything is on disk; ``manifest.json`` lists every file with its size and SHA-256. No file is a
+pickle (``training.states``).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -15,21 +17,25 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from lorasmith.errors import TrainingError
 from lorasmith.io.atomic import exchange, replace_text
+from lorasmith.io.strict import check_inside, parse_object, read_limited, read_object
 from lorasmith.redaction import redact_all
 
 __all__ = [
     "MANIFEST",
     "REQUIRED",
+    "check_states",
     "choose_checkpoint",
     "defect",
     "list_checkpoints",
     "publish",
+    "rng_name",
     "rotate",
+    "step_of",
     "write_json",
 ]
 
@@ -42,8 +48,8 @@ REQUIRED = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "adapter_state.safetensors",
-    "optimizer.pt",
-    "scheduler.pt",
+    "optimizer.safetensors",
+    "scheduler.safetensors",
     "trainer_state.json",
     "run_state.json",
 )
@@ -54,6 +60,11 @@ _PARTIAL = re.compile(
     r"\.checkpoint-\d+\.partial"
     r"|\.{1,2}checkpoint-\d+(\.partial)?\.([0-9a-f]{8}\.(new|old)|lock)"
 )
+
+
+def rng_name(index: int, processes: int) -> str:
+    """The file with the random state of one process of a run."""
+    return "rng_state.safetensors" if processes <= 1 else f"rng_state_{index}.safetensors"
 
 
 def step_of(path: Path) -> int | None:
@@ -154,19 +165,20 @@ def defect(path: Path, *, processes: int = 1) -> str | None:
     """
     if not path.is_dir():
         return "there is no such directory"
-    names = ["rng_state.pth"]
-    if processes > 1:
-        names = [f"rng_state_{i}.pth" for i in range(processes)]
+    names = [rng_name(i, processes) for i in range(max(1, processes))]
     for name in (*REQUIRED, *names):
         if not (path / name).is_file():
             return f"{name} is missing"
     try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = read_object(path / MANIFEST, root=path)["files"]
         expected = {str(k): (int(v["size"]), str(v["sha256"])) for k, v in files.items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing, so it was not written to its end"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
+    outside = [name for name in expected if PurePath(name).is_absolute() or ".." in name]
+    if outside:
+        return f"{MANIFEST} names a file elsewhere: {outside[0][:100]}"
     for name in (*REQUIRED, *names):
         if name not in expected:
             return f"{MANIFEST} does not list {name}"
@@ -179,6 +191,73 @@ def defect(path: Path, *, processes: int = 1) -> str | None:
         if _sha256(file) != digest:
             return f"the content of {name} has changed"
     return None
+
+
+#: Bytes of trainer_state.json, which grows with every step that is logged, and values in it.
+_STATE_BYTES, _STATE_VALUES = 1 << 28, 20_000_000
+#: Files that hold tensors alone, and no state.
+_TENSORS = ("adapter_model.safetensors", "adapter_state.safetensors", "best_state.safetensors")
+#: Fields of trainer_state.json that a run goes on from, of which each must be a number.
+_COUNTS = ("epoch", "global_step", "max_steps", "num_input_tokens_seen", "total_flos")
+
+
+def check_states(checkpoint: Path) -> None:
+    """Raises an error unless what a run goes on from can be read, before the model is loaded.
+
+    The manifest says that the files are those that it names, and not what they hold.
+    """
+    from lorasmith.training.states import load_state, load_tensors
+
+    for path in sorted(checkpoint.iterdir()):
+        check_inside(path, checkpoint)
+        if path.suffix != ".safetensors":
+            continue
+        if path.name in _TENSORS:
+            load_tensors(path)
+        else:
+            load_state(path)
+    file = checkpoint / "trainer_state.json"
+    state = _trainer_state(file)
+    wrong = next((key for key in _COUNTS if not _is_number(state.get(key, 0))), None)
+    entries = state.get("log_history") or []
+    if wrong is None and not (
+        isinstance(entries, list) and all(isinstance(e, dict) and "step" in e for e in entries)
+    ):
+        wrong = "log_history"
+    step = step_of(checkpoint)
+    if wrong is None and step is not None and state.get("global_step") != step:
+        wrong = "global_step"
+    if wrong is not None:
+        raise TrainingError(
+            "The state of Trainer in the checkpoint is not one that a run has written.",
+            expected=str(step) if wrong == "global_step" else "numbers, and a list of log entries",
+            got=repr(state.get(wrong))[:200],
+            fix="go on from another checkpoint, or start anew with --overwrite",
+            file=file,
+            key=wrong,
+        )
+
+
+def _trainer_state(file: Path) -> dict[str, Any]:
+    from transformers import TrainerState
+
+    data = read_limited(file, limit=_STATE_BYTES, root=file.parent)
+    state = parse_object(data, file, limit=_STATE_BYTES, values=_STATE_VALUES)
+    known = {field.name for field in dataclasses.fields(TrainerState)}
+    unknown = sorted(state.keys() - known)
+    if unknown:
+        raise TrainingError(
+            "Trainer's state has a field that Trainer does not know.",
+            expected="the fields of this version of Transformers",
+            got=unknown[0],
+            file=file,
+            key=unknown[0],
+        )
+    return state
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
 def choose_checkpoint(resume: str, output: Path, *, processes: int = 1) -> Path | None:

@@ -14,12 +14,14 @@ done differently here, and why:
   by default logs a NaN as 0.0 and goes on.)
 - An output that cannot be written, and files that will not fit, show before training
   (``training.outputs``); other data, base, tokenizer or options on a resume are refused.
-- SIGTERM and Ctrl-C finish the step, write a checkpoint, and end the process with 143 or 130.
+- SIGTERM and Ctrl-C finish the step, write a checkpoint, and end the process with 143 or 130. A
+  step that accumulates gradients of many batches is given up instead, if it takes long.
 - The evaluation loss is a mean over tokens. (Trainer's is a mean of batch means.)
 - Where rows have a task, every batch is of one task, the same on all devices, and losses are
   reported for each task as well.
 - Dynamics (:mod:`lorasmith.dynamics`) act through the hooks of their driver, which is told what
-  the loss computation has at hand already. Their state is in ``optimizer.pt``.
+  the loss computation has at hand already. Their state is in ``optimizer.safetensors``.
+- No pickle is written or read: states are safetensors files (``training.states``).
 """
 
 from __future__ import annotations
@@ -28,7 +30,6 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
-import json
 import logging
 import math
 import os
@@ -63,6 +64,7 @@ from lorasmith.errors import (
     TrainingError,
 )
 from lorasmith.io.files import check_base, read_adapter
+from lorasmith.io.strict import read_object
 from lorasmith.io.tokenizers import TokenizerRecord, check_tokenizer
 from lorasmith.redaction import redact_all
 from lorasmith.training import checkpoints
@@ -90,6 +92,15 @@ from lorasmith.training.loss import LossOutput, model_loss_output
 from lorasmith.training.models import load_model, quiet, resolve_device, resolve_model
 from lorasmith.training.outputs import bytes_needed, check_space, check_writable
 from lorasmith.training.progress import bar
+from lorasmith.training.states import (
+    check_optimizer,
+    load_state,
+    load_tensors,
+    of_this_run,
+    random_state,
+    save_state,
+    set_random_state,
+)
 
 try:
     import transformers
@@ -115,10 +126,15 @@ logger = logging.getLogger(__name__)
 
 ADAPTER_STATE = "adapter_state.safetensors"
 BEST_STATE = "best_state.safetensors"
-BEST_DYNAMICS = "best_dynamics.pt"
+BEST_DYNAMICS = "best_dynamics.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+SCHEDULER = "scheduler.safetensors"
+SCALER = "scaler.safetensors"
 RUN_STATE = "run_state.json"
 RESULT = "training.json"
 LAST_FINITE = "last-finite"
+#: Seconds after a signal from which a step of several batches is given up between two of them.
+GIVE_UP_AFTER = 15.0
 TASK_FOLDER = "task-"
 #: The dynamic that deals with a loss that is not finite by itself, and switches adapters.
 STRESS = "stress"
@@ -585,16 +601,18 @@ class _Before:
         if checkpoint is None:
             return
         self._checkpoint = checkpoint
-        state = json.loads((checkpoint / RUN_STATE).read_text(encoding="utf-8"))
-        self.tokens = int(state["tokens"])
-        self.seconds = float(state["seconds"])
-        self.eval_seconds = float(state["eval_seconds"])
-        if state["best"] is not None:
-            self.best = (int(state["best"][0]), float(state["best"][1]))
-        self.evaluations_since_best = int(state["evaluations_since_best"])
-        self._rows = str(state["rows"])
-        # Written without secrets.
-        self._compare(state["config"], redact_all(config.to_dict()))
+        state = read_object(checkpoint / RUN_STATE, root=checkpoint)
+        with of_this_run(checkpoint / RUN_STATE):
+            self.tokens = int(state["tokens"])
+            self.seconds = float(state["seconds"])
+            self.eval_seconds = float(state["eval_seconds"])
+            if state["best"] is not None:
+                self.best = (int(state["best"][0]), float(state["best"][1]))
+            self.evaluations_since_best = int(state["evaluations_since_best"])
+            self._rows = str(state["rows"])
+            # Written without secrets.
+            self._compare(state["config"], redact_all(config.to_dict()))
+        checkpoints.check_states(checkpoint)
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         if old["adapter"] != new["adapter"]:
@@ -944,7 +962,7 @@ def epoch_rows(count: int, tasks: Sequence[str] | None, batch_size: int) -> int:
 
 
 class _InterruptedError(Exception):
-    """A signal came during an evaluation."""
+    """A signal came during an evaluation, or during a step that goes on for long."""
 
 
 class _AdapterTrainer(Trainer):
@@ -994,6 +1012,8 @@ class _AdapterTrainer(Trainer):
         self.merged_loss: float | None = None
         self.stopped_early = False
         self.step_loss: Tensor | None = None
+        #: Random state and tokens after the last step, where the next can be given up.
+        self.step_start: tuple[dict[str, Any], int] | None = None
         self.stop = _StopSignals()
         self.started = time.perf_counter()
         self.plain_collate = collate
@@ -1093,9 +1113,27 @@ class _AdapterTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Trainer's step; keeps the loss for the check before the optimiser acts."""
+        if self._gives_up_step():
+            raise _InterruptedError
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.step_loss = loss if self.step_loss is None else self.step_loss + loss
         return loss
+
+    def end_step(self) -> None:
+        """Notes what the batches of the next step will change before the optimiser acts."""
+        self.step_start = None
+        accumulates = self.args.gradient_accumulation_steps > 1 and self.args.world_size == 1
+        # The rules take note of every batch, and would have to be copied in every step.
+        if accumulates and self.driver is None:
+            self.step_start = (random_state(self.args.device), self.tokens_here)
+
+    def _gives_up_step(self) -> bool:
+        """Whether a step that was asked to end takes too long; its start is gone back to then."""
+        if self.step_start is None or not self.stop.waited(GIVE_UP_AFTER):
+            return False
+        state, self.tokens_here = self.step_start
+        set_random_state(state, self.args.device)
+        return True
 
     def check_finite(self) -> None:
         """Raises NonFiniteLossError if loss or gradients of the step are not finite."""
@@ -1399,9 +1437,11 @@ class _AdapterTrainer(Trainer):
             if self.best_state is not None:
                 _save_tensors(self.best_state, partial / BEST_STATE)
             if self.best_dynamics is not None:
-                torch.save(self.best_dynamics, partial / BEST_DYNAMICS)
+                save_state(self.best_dynamics, partial / BEST_DYNAMICS)
             checkpoints.write_json(partial / RUN_STATE, self._run_state(tokens))
-            self.state.save_to_json(str(partial / "trainer_state.json"))
+            # Trainer would write NaN and Infinity, which JSON does not have.
+            state = _finite(dataclasses.asdict(self.state))
+            checkpoints.write_json(partial / "trainer_state.json", state)
         self.accelerator.wait_for_everyone()
         self._save_optimizer_and_scheduler(str(partial))
         self._save_scaler(str(partial))
@@ -1437,13 +1477,68 @@ class _AdapterTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        self.adapter.load_state_dict(_load_tensors(folder / ADAPTER_STATE))
+        state = load_tensors(folder / ADAPTER_STATE)
+        with of_this_run(folder / ADAPTER_STATE):
+            self.adapter.load_state_dict(state)
         if (folder / BEST_STATE).is_file():
-            self.best_state = _load_tensors(folder / BEST_STATE)
+            self.best_state = load_tensors(folder / BEST_STATE)
         if (folder / BEST_DYNAMICS).is_file():
-            self.best_dynamics = torch.load(
-                folder / BEST_DYNAMICS, map_location=self.args.device, weights_only=True
-            )
+            self.best_dynamics = load_state(folder / BEST_DYNAMICS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Trainer's, without a pickle."""
+        if self.args.should_save:
+            assert self.optimizer is not None
+            assert self.lr_scheduler is not None
+            save_state(self.optimizer.state_dict(), Path(output_dir) / OPTIMIZER)
+            save_state(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's, without a pickle; a state that is not of this run's optimiser is refused."""
+        if checkpoint is None:
+            return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        file = Path(checkpoint) / OPTIMIZER
+        state = load_state(file)
+        with of_this_run(file):
+            check_optimizer(state, self.optimizer, file)
+            self.optimizer.load_state_dict(state)
+        with of_this_run(Path(checkpoint) / SCHEDULER):
+            self.lr_scheduler.load_state_dict(load_state(Path(checkpoint) / SCHEDULER))
+
+    def _save_scaler(self, output_dir: str) -> None:
+        """Trainer's, without a pickle."""
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and self.args.should_save:
+            save_state(scaler.state_dict(), Path(output_dir) / SCALER)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Trainer's, without a pickle."""
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is None or checkpoint is None:
+            return
+        file = Path(checkpoint) / SCALER
+        if file.is_file():
+            with of_this_run(file):
+                scaler.load_state_dict(load_state(file))
+
+    def _rng_file(self, folder: str) -> Path:
+        world, index = self.args.world_size, self.args.process_index
+        return Path(folder) / checkpoints.rng_name(index, world)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Trainer's, without a pickle: random numbers of Python, NumPy, PyTorch, the device."""
+        save_state(random_state(self.args.device), self._rng_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer's, without a pickle."""
+        if checkpoint is None:
+            return
+        file = self._rng_file(checkpoint)
+        state = load_state(file)
+        with of_this_run(file):
+            set_random_state(state, self.args.device)
 
     # -- early stopping ------------------------------------------------------------------
 
@@ -1452,7 +1547,7 @@ class _AdapterTrainer(Trainer):
         patience = self.run_config.early_stopping
         if patience is None:
             return False
-        if self.best is None or loss < self.best[1]:
+        if math.isfinite(loss) and (self.best is None or loss < self.best[1]):
             self.best = (self.state.global_step, loss)
             self.evaluations_since_best = 0
             self.best_state = {k: v.cpu().clone() for k, v in self.adapter.state_dict().items()}
@@ -1531,7 +1626,7 @@ class _AdapterTrainer(Trainer):
         """The evaluation loss after that step, if there was an evaluation."""
         for entry in reversed(self.state.log_history):
             if "eval_loss" in entry and entry["step"] == step:
-                return float(entry["eval_loss"])
+                return _number(entry["eval_loss"])
         return None
 
     def _write_result(self, result: TrainResult) -> None:
@@ -1545,11 +1640,11 @@ class _AdapterTrainer(Trainer):
             LossPoint(
                 int(e["step"]),
                 float(e["epoch"]),
-                float(e["loss"]),
+                _number(e["loss"]),
                 float(e["learning_rate"]),
-                float(e["grad_norm"]) if "grad_norm" in e else None,
+                _number(e["grad_norm"]) if "grad_norm" in e else None,
                 _with_prefix(e, "loss_"),
-                {k: float(v) for k, v in e.items() if k.partition("/")[0] in rules},
+                {k: _number(v) for k, v in e.items() if k.partition("/")[0] in rules},
             )
             for e in history
             if "loss" in e
@@ -1558,8 +1653,8 @@ class _AdapterTrainer(Trainer):
             EvalPoint(
                 int(e["step"]),
                 float(e["epoch"]),
-                float(e["eval_loss"]),
-                float(e["eval_perplexity"]),
+                _number(e["eval_loss"]),
+                _number(e["eval_perplexity"]),
                 int(e["eval_tokens"]),
                 float(e["eval_runtime"]),
                 _with_prefix(e, "eval_loss_"),
@@ -1617,7 +1712,12 @@ class _AdapterTrainer(Trainer):
 
 def _with_prefix(entry: Mapping[str, Any], prefix: str) -> dict[str, float]:
     """What an entry of the log says of each task."""
-    return {k[len(prefix) :]: float(v) for k, v in entry.items() if k.startswith(prefix)}
+    return {k[len(prefix) :]: _number(v) for k, v in entry.items() if k.startswith(prefix)}
+
+
+def _number(value: float | None) -> float:
+    """A number of the log; one that was not finite is null in a checkpoint."""
+    return math.nan if value is None else float(value)
 
 
 def steps_per_epoch(rows: int, config: TrainConfig, processes: int) -> int:
@@ -1695,13 +1795,6 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(path))
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    tensors: dict[str, Tensor] = load_file(str(path))
-    return tensors
-
-
 def _versions() -> dict[str, str]:
     import accelerate
 
@@ -1745,6 +1838,7 @@ class _StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._at = math.inf
         self.honoured = False
         self._previous: dict[int, Any] = {}
 
@@ -1763,8 +1857,13 @@ class _StopSignals:
             signal.signal(number, handler)
         self._previous = {}
 
+    def waited(self, seconds: float) -> bool:
+        """Whether a signal came that long ago."""
+        return time.monotonic() - self._at >= seconds
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+        self._at = time.monotonic()
         self._restore()
         name = signal.Signals(number).name
         # Not through logging: its locks may be held where the signal came in.
@@ -1788,6 +1887,7 @@ class _Watch(TrainerCallback):
         self.trainer.check_finite()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.end_step()
         stop = self.trainer.stop.received is not None
         if args.world_size > 1:
             # All processes must stop after the same step.

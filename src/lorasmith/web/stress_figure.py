@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from lorasmith.dynamics.stress_history import StressRecord
 from lorasmith.errors import DataError
@@ -83,8 +85,22 @@ def stress_figure(history: Iterable[StressRecord], path: str | Path | None = Non
         handles, labels = lower.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=9)
         if path is not None:
-            figure.savefig(Path(path), facecolor="white", dpi=160)
+            _write(figure, Path(path))
         return figure_to_svg(figure)
+
+
+def _write(figure: Any, path: Path) -> None:
+    """Writes the figure whole or not at all."""
+    from lorasmith.io.atomic import replace_file
+
+    buffer = io.BytesIO()
+    form = path.suffix.lower().lstrip(".") or "png"
+    figure.savefig(buffer, format=form, facecolor="white", dpi=160)
+
+    def write(stream: BinaryIO) -> None:
+        stream.write(buffer.getvalue())
+
+    replace_file(path, write)
 
 
 def _spans(records: list[StressRecord], mode: str) -> list[tuple[int, int]]:

@@ -12,7 +12,9 @@ mean (``inner="linear"``) it is the mean itself.
 Without forming ΔWᵢ: with QR of [B₁ … B_N] = Q R and Aᵢᵀ = Qᵢ Lᵢ, the small matrix
 [R₁ L₁ᵀ … R_N L_Nᵀ] [Σrᵢ, Σrᵢ] has the same Σ, and U, Vᵢ follow from its singular vectors. The
 result has rank k ≤ Σ rᵢ. Singular values that are rounding are left out, for V would be noise
-there. ``density`` trims Vᵢᵀ, not ΔWᵢ, as in the paper.
+there; and entries of Vᵢᵀ that are rounding, below ε σ₁ / σ_j in row j, are 0, since in the mean of
+TIES each entry counts that has the elected sign, however small: an adapter that does nothing
+would halve what another one does. ``density`` trims Vᵢᵀ, not ΔWᵢ, as in the paper.
 """
 
 from __future__ import annotations
@@ -47,8 +49,11 @@ def align(deltas: Sequence[LayerFactors]) -> tuple[Tensor, list[Tensor]]:
     U, S, Vh = torch.linalg.svd(torch.cat(blocks, dim=1), full_matrices=False)
     noise = torch.finfo(S.dtype).eps * max(*Vh.shape, 8)
     k = max(1, int((noise * S[:1] < S).sum()))
-    parts = Vh[:k].split([b.shape[1] for b in blocks], dim=1)
-    return q @ U[:, :k] * S[:k], [p @ b.T for p, b in zip(parts, bases, strict=True)]
+    split = Vh[:k].split([b.shape[1] for b in blocks], dim=1)
+    parts = [p @ b.T for p, b in zip(split, bases, strict=True)]
+    # The smallest singular value that is left is above 0, unless there is nothing at all.
+    least = (noise * S[:1] / S[:k].clamp_min(torch.finfo(S.dtype).tiny))[:, None]
+    return q @ U[:, :k] * S[:k], [p * (p.abs() > least) for p in parts]
 
 
 @register(
