@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +197,7 @@ def test_directories_of_adapters(call: Any, tmp_path: Path) -> None:
 
 def test_runs_and_checkpoints(call: Any, tmp_path: Path) -> None:
     from lorasmith.training import checkpoints
+    from lorasmith.training.states import save_state
 
     run = tmp_path / "run"
     for step in (5, 10):
@@ -204,6 +207,10 @@ def test_runs_and_checkpoints(call: Any, tmp_path: Path) -> None:
                 partial.joinpath(name).write_bytes(
                     (partial / "adapter_model.safetensors").read_bytes()
                 )
+            elif name == "trainer_state.json":
+                (partial / name).write_text(json.dumps({"global_step": step}))
+            elif name.endswith(".safetensors") and not (partial / name).exists():
+                save_state({"step": step}, partial / name)
             elif not (partial / name).exists():
                 (partial / name).write_text("{}")
         checkpoints.publish(partial, run / f"checkpoint-{step}")
@@ -218,6 +225,13 @@ def test_runs_and_checkpoints(call: Any, tmp_path: Path) -> None:
     assert ".checkpoint-15.partial" in _texts(called, "warning")
     assert _errors(call("doctor", run / "checkpoint-10", "--json")) == [said]
     assert _errors(call("doctor", run / "checkpoint-5", "--json")) == []
+    # What the manifest vouches for must be a state, too.
+    partial = run / ".checkpoint-15.partial"
+    shutil.copytree(run / "checkpoint-5", partial, dirs_exist_ok=True)
+    (partial / "scheduler.safetensors").write_bytes(b"\x80\x04cos\nsystem\n")
+    checkpoints.publish(partial, run / "checkpoint-15")
+    (said,) = _errors(call("doctor", run / "checkpoint-15", "--json"))
+    assert "scheduler.safetensors" in said
 
 
 def test_models(call: Any, tmp_path: Path) -> None:

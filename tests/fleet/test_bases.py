@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import lorasmith as ls
-from lorasmith.errors import BaseMismatchError
+from lorasmith.errors import AdapterFileError, BaseMismatchError
 from lorasmith.fleet import open_members
 from lorasmith.fleet.streaming import Stream
 from tests.fleet.fleets import SIZES, adapter
-from tests.io.support import edit_json, foreign, llama, saved
+from tests.io.support import edit_json, edit_tensors, foreign, llama, saved
 
 Q, UP, Q1 = SIZES
 NOTHING = "Nothing tells whether"
@@ -97,6 +97,32 @@ def test_a_stream_compares_all_with_all(tmp_path: Path) -> None:
     assert stream.base.name == "owner/base"  # it was that of the first one, unknown
     made = ls.SharedSubspace.from_stream(iter(paths[:2]), error=0.0)
     assert made.base.name == "owner/base"
+
+
+@pytest.mark.parametrize("basis", ["joint", "share"])
+@pytest.mark.parametrize("call", ["add", "absorb"])
+def test_what_cannot_be_read_leaves_the_fleet_as_it_was(
+    basis: Any, call: str, tmp_path: Path
+) -> None:
+    """Absorbing left empty layers of the adapter that failed, which no model has to have."""
+    first = saved(tmp_path / "a", ls.LoRAConfig(r=2, targets=("q_proj",)))
+    second = foreign(saved(tmp_path / "b", ls.LoRAConfig(r=2, targets=("q_proj", "up_proj"))))
+
+    def spoil(tensors: dict[str, Any]) -> None:
+        last = [k for k in tensors if "up_proj" in k and "lora_B" in k][-1]
+        tensors[last][0, 0] = float("nan")
+
+    edit_tensors(second / "adapter_model.safetensors", spoil)
+    held = ls.SharedSubspace.from_adapters([first], basis=basis, bits=8)
+    modules, errors = held.modules, held.errors
+    before = held.reconstruct("a").tensors
+    with pytest.raises(AdapterFileError, match="not finite"):
+        held.add(second) if call == "add" else held.absorb([second])
+    assert (held.ids, held.modules, held.errors) == (("a",), modules, errors)
+    assert held.validate() == []
+    after = held.reconstruct("a").tensors
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    held.save(tmp_path / "fleet")
 
 
 def test_what_is_refused_leaves_no_trace_for_those_after_it(tmp_path: Path) -> None:

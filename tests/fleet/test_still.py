@@ -201,3 +201,27 @@ def test_served_it_is_the_base_model(config: Any, basis: Any, tmp_path: Path) ->
             torch.testing.assert_close(got[0::2], wanted[0::2], **close)
             torch.testing.assert_close(got[1::2], plain[1::2], **close)
         served.detach()
+
+
+def test_a_router_sends_prompts_to_it_all_the_same(tmp_path: Path) -> None:
+    """It looks at the states of the base model: what a task does is no part of it."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("peft")
+    from tests.fleet.test_router import EXAMPLES, Letters
+    from tests.models import llama as of_router
+
+    paths = {}
+    for task in EXAMPLES:
+        model = of_router()
+        ls.attach(model, ls.LoRAConfig(r=2, targets=("q_proj",)))
+        paths[task] = ls.save(model, tmp_path / task.replace("/", "-"))
+    served = ls.MultiTaskModel(of_router(), ls.SharedSubspace.from_adapters(paths))
+    router = ls.TaskRouter(served, Letters())
+    report = router.fit(EXAMPLES)
+    assert report.accuracy == ls.TaskRouter(of_router(), Letters()).fit(EXAMPLES).accuracy
+    (route,) = router.route(["abcabc"], most=3, floor=0.0)
+    assert route.task == "low"
+    batch = torch.tensor([Letters()("abcabc")["input_ids"]])
+    with torch.no_grad():
+        got = served(batch, tasks=[route.blend]).logits
+        torch.testing.assert_close(got, of_router()(batch).logits, atol=2e-5, rtol=1e-4)

@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorasmith.fleet import incremental, joint, share
-from lorasmith.fleet.streaming import merge
+import lorasmith as ls
+from lorasmith.fleet import incremental, joint, share, streaming
+from lorasmith.fleet.members import open_members
+from lorasmith.fleet.streaming import JointStream, blocks, merge
+from lorasmith.io.weights import AdapterWeights
 
 L, N, R, D_IN, D_OUT = 2, 5, 4, 40, 24
 
@@ -283,3 +286,71 @@ def test_merging_scatter_in_blocks() -> None:
     basis, values, turn = merge(basis, values, X[:2], 3)
     assert basis.shape == (3, 12)
     assert turn.shape == (12, 3)
+
+
+def _streamed(
+    monkeypatch: pytest.MonkeyPatch, room: int, most: int, keep: int | None, block: int
+) -> tuple[JointStream, Tensor, Tensor]:
+    """A stream of random adapters of mixed ranks on a layer, and their scatter matrices, dense."""
+    monkeypatch.setattr(streaming, "_WHOLE", room)
+    made = torch.Generator().manual_seed(3)
+    sources: dict[str, AdapterWeights] = {}
+    up, down = torch.zeros(D_OUT, D_OUT), torch.zeros(D_IN, D_IN)
+    up, down = up.double(), down.double()
+    for n in range(6):
+        r = 2 + n % 3
+        A, B = torch.randn(r, D_IN, generator=made), torch.randn(D_OUT, r, generator=made)
+        config = ls.LoRAConfig(r=r, alpha=r, targets=("m",))
+        sources[f"t{n}"] = AdapterWeights.from_tensors(config, {"m": {"A": A, "B": B}})
+        D = B.double() @ A.double()
+        D /= D.norm()
+        up, down = up + D @ D.mT, down + D.mT @ D
+    stream = JointStream(most, keep=keep)
+    members = open_members(sources)
+    with torch.no_grad():
+        for group in blocks(members, block):
+            stream.feed(group)
+        stream.close()
+    return stream, up, down
+
+
+@pytest.mark.parametrize("block", [1, 2, 4])
+def test_a_stream_that_keeps_matrices_whole_finds_the_dense_directions(
+    monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """However few directions are asked for, and although 18 rows do not fit into them."""
+    stream, up, down = _streamed(monkeypatch, 2**20, most=6, keep=3, block=block)
+    state = stream.layers["m"]
+    for side, G in ((state.up, up), (state.down, down)):
+        values, vectors = torch.linalg.eigh(G)
+        torch.testing.assert_close(side.values, values.flip(-1)[:3])
+        torch.testing.assert_close(_span(side.basis), vectors[:, -3:] @ vectors[:, -3:].mT)
+
+
+@pytest.mark.parametrize("block", [1, 2, 6])
+def test_a_stream_without_room_for_matrices_is_exact_while_directions_suffice(
+    monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    stream, up, down = _streamed(monkeypatch, 0, most=24, keep=None, block=block)
+    state = stream.layers["m"]
+    assert len(state.up.basis) == 18
+    assert len(state.down.basis) == 18
+    for side, G in ((state.up, up), (state.down, down)):
+        held = (side.basis.mT * side.values) @ side.basis
+        torch.testing.assert_close(held, G)
+        eye = torch.eye(18, dtype=torch.float64)
+        torch.testing.assert_close(side.basis @ side.basis.mT, eye)
+
+
+def test_merged_rows_may_be_more_than_there_is_room_for() -> None:
+    """And lie in the basis, or on each other: the sum is that of the dense matrices."""
+    made = torch.Generator().manual_seed(1)
+    rows = torch.randn(9, 12, generator=made, dtype=torch.float64)
+    basis, values, _ = merge(torch.zeros(0, 12), torch.zeros(0), rows[:5], 12)
+    more = torch.cat((rows, rows[:2], basis[:3]))
+    basis, values, turn = merge(basis, values, more, 12)
+    assert turn.shape == (5, 9)
+    assert basis.shape == (9, 12)
+    held = (basis.mT * values) @ basis
+    torch.testing.assert_close(held, _span(rows[:5]) + _span(more))
+    torch.testing.assert_close(basis @ basis.mT, torch.eye(9, dtype=torch.float64))

@@ -309,6 +309,11 @@ def _base(spoil: Spoil, file: str = WEIGHTS, key: str | None = None, **options: 
     return Hostile(spoil, file=file, key=key, kind="LorasmithError", **options)
 
 
+def _other_tensors(tensors: dict[str, Tensor]) -> None:
+    tensors.clear()
+    tensors["x"] = torch.ones(2)
+
+
 BASES: dict[str, Hostile] = {
     "configuration broken": _base(edit_bytes(lambda d: d[:-9], CONFIG), CONFIG),
     "configuration with a mark": _base(edit_bytes(lambda d: b"\xef\xbb\xbf" + d, CONFIG), CONFIG),
@@ -361,7 +366,5 @@ BASES: dict[str, Hostile] = {
     "a layer of whole numbers": _base(
         edit_tensors(lambda t: t.update({Q0: t[Q0].to(torch.int8)}), WEIGHTS), "", "q_proj"
     ),
-    "other tensors alone": _base(
-        edit_tensors(lambda t: [t.clear(), t.update(x=torch.ones(2))], WEIGHTS), ""
-    ),
+    "other tensors alone": _base(edit_tensors(_other_tensors, WEIGHTS), ""),
 }

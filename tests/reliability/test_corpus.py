@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -125,6 +126,52 @@ def test_a_pickle_is_refused_with_the_way_out(tmp_path: Path) -> None:
     assert caught.value.fix is not None
     assert "PEFT" in caught.value.fix
     assert "safetensors" in caught.value.fix
+
+
+def _without(key: str) -> Any:
+    def change(values: dict[str, Any]) -> None:
+        del values[key]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("lora_alpha", lambda v: v.update(lora_alpha=17)),
+        ("lora_alpha", _without("lora_alpha")),  # PEFT would take its own default
+        ("use_rslora", lambda v: v.update(use_rslora=True)),
+        ("rank_pattern", lambda v: v.update(rank_pattern={})),
+        ("alpha_pattern", lambda v: v["alpha_pattern"].update(k_proj=3)),
+        ("alpha_pattern", _without("alpha_pattern")),
+        ("target_modules", lambda v: v.update(target_modules=["q_proj"])),
+        ("target_modules", lambda v: v.update(exclude_modules=["k_proj"])),
+        ("target_modules", lambda v: v.update(layers_to_transform=[0])),
+        ("modules_to_save", lambda v: v.update(modules_to_save=["lm_head"])),
+        ("peft_type", lambda v: v.update(peft_type="ADALORA")),
+    ],
+)
+def test_a_configuration_that_was_edited_against_our_record(
+    key: str, change: Any, tmp_path: Path
+) -> None:
+    """Although the record, made to vouch for it, names its hash."""
+    config = ls.LoRAConfig(
+        r=4, targets=["q_proj", "k_proj"], rank_pattern={"q_proj": 2}, alpha_pattern={"k_proj": 9}
+    )
+    folder = support.saved(tmp_path / "a", config)
+    file, own = folder / corpus.CONFIG, folder / corpus.OWN
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+    record = json.loads(own.read_text())
+    record["manifest"][corpus.CONFIG]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    own.write_text(json.dumps(record))
+    with pytest.raises(AdapterFileError, match="describe different adapters") as caught:
+        ls.read_adapter(folder)
+    assert caught.value.key == key
+    assert caught.value.file == str(own)
+    assert caught.value.expected is not None
+    assert caught.value.got is not None
 
 
 def test_other_weights_under_the_same_name(tmp_path: Path) -> None:

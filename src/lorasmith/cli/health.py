@@ -587,14 +587,18 @@ def _router(path: Path) -> Iterator[Finding]:
 
 
 def _checkpoint(path: Path, model: str | None = None) -> Iterator[Finding]:
-    from lorasmith.training.checkpoints import defect
+    from lorasmith.training.checkpoints import check_states, defect
 
     problem = defect(path)
     if problem is not None:
         yield Finding("error", path.name, problem, "go on from another one: --resume last finds it")
+        yield from _finite(path, "adapter_state.safetensors", path.name)
     else:
         yield Finding("ok", path.name, "every file is the one that its manifest names")
-    yield from _finite(path, "adapter_state.safetensors", path.name)
+        try:
+            check_states(path)
+        except (LorasmithError, OSError) as error:
+            yield _of_error(error, path.name)
     if (path / "adapter_config.json").is_file():
         yield from _adapter(path, model, f"{path.name}, adapter")
 

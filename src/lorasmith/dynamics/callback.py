@@ -6,7 +6,8 @@ The callback only binds and unbinds; what acts are the hooks of
 :class:`~lorasmith.dynamics.driver.Dynamics` on the optimiser and the model. Penalties therefore
 come after clipping: ``max_grad_norm`` bounds the task's gradient alone.
 
-Checkpoints: the rules' state is in ``optimizer.pt``, which Trainer writes and reads by itself.
+Checkpoints: the rules' state is in ``optimizer.pt``, which Trainer writes and reads by itself: a
+pickle, which it opens with ``weights_only=True``, so that no code in it is run.
 
 A column ``task`` reaches the rules if it reaches the model call: ``remove_unused_columns=False``
 and a collator that passes it on. The model never sees it.

@@ -32,9 +32,10 @@ Adapters of other base models are refused. Ids are names of any kind, never path
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -566,11 +567,11 @@ class SharedSubspace:
             admission.check_new(member.id, self.ids)
         before = {layer.module: layer.ranks for layer in self._layers}
         old = len(self._adapters)
-        for member in members:
-            for module in member.modules:
-                if module not in self.modules:
-                    self._new_layer(module, member.sizes[module])
-        with torch.no_grad():
+        with self._whole_or_not_at_all(), torch.no_grad():
+            for member in members:
+                for module in member.modules:
+                    if module not in self.modules:
+                        self._new_layer(module, member.sizes[module])
             zeros = torch.zeros(len(self._layers), dtype=torch.float64)
             entering = [accounting.entry(m, zeros.clone(), zeros.clone()) for m in members]
             self._layers, moved, rounded = absorbing.absorb(
@@ -601,6 +602,19 @@ class SharedSubspace:
             layer.module: (before.get(layer.module, (0, 0)), layer.ranks) for layer in self._layers
         }
         return Absorbed(added, report, ranks)
+
+    @contextlib.contextmanager
+    def _whole_or_not_at_all(self) -> Iterator[None]:
+        """Puts layers and adapters back if something fails, e.g. a value that is not finite."""
+        layers, adapters = list(self._layers), list(self._adapters)
+        figures = [(a.energy, a.lost) for a in adapters]
+        try:
+            yield
+        except BaseException:
+            self._layers, self._adapters = layers, adapters
+            for adapter, (energy, lost) in zip(adapters, figures, strict=True):
+                adapter.energy, adapter.lost = energy, lost
+            raise
 
     # -- tasks that are trained in the subspace -----------------------------------------------
 

@@ -13,7 +13,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -260,8 +260,9 @@ def _own_record(folder: Path, config: bytes, weights: Path) -> dict[str, Any] | 
 def _agree(config: AdapterConfig, fields: Mapping[str, Any], file: Path) -> None:
     """Our configuration and PEFT's must say the same: nobody has edited ours."""
     variant = variant_of(config)
+    nearest: list[tuple[str, object, object]] = []
     for frozen in ((), ("A0", "B0")):
-        mine = {"peft_type": variant.peft_type}
+        mine: dict[str, Any] = {"peft_type": variant.peft_type}
         mine |= variant.to_peft(variant.file_config(config, frozen), {})
         # How it began is told to PEFT in other words; the rest depends on the layers.
         keys = [
@@ -271,10 +272,14 @@ def _agree(config: AdapterConfig, fields: Mapping[str, Any], file: Path) -> None
             and k != "fan_in_fan_out"
             and not k.startswith("init_")
         ]
-        wrong = [k for k in keys if k not in fields or mine[k] != fields[k]]
+        wrong = [
+            (k, fields.get(k), mine[k]) for k in keys if k not in fields or mine[k] != fields[k]
+        ]
         if not wrong:
             return
-    raise _disagree(wrong[0], fields.get(wrong[0]), mine[wrong[0]], file)
+        if not nearest or len(wrong) < len(nearest):
+            nearest = wrong
+    raise _disagree(*nearest[0], file)
 
 
 def _disagree(key: str, theirs: object, mine: object, file: Path) -> AdapterFileError:
@@ -288,16 +293,21 @@ def _disagree(key: str, theirs: object, mine: object, file: Path) -> AdapterFile
     )
 
 
+def _matching(pattern: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:
+    """The part of a ``rank_pattern`` or ``alpha_pattern`` that says something of these layers."""
+    used = {first_matching_key(pattern, m) for m in modules}
+    return {k: v for k, v in pattern.items() if k in used}
+
+
 def _agree_on_layers(weights: AdapterWeights, file: Path) -> None:
     """What depends on the layers must agree as well: patterns, targets, whole modules."""
     variant, fields, modules = weights.variant, weights.peft, weights.modules
     mine = variant.to_peft(variant.file_config(weights.config, weights.frozen), weights.layers)
     for key in [k for k, v in mine.items() if k.endswith("_pattern") and isinstance(v, Mapping)]:
-        # What matches no layer is not written.
-        used = {first_matching_key(mine[key], m) for m in modules} if mine[key] else set()
-        wanted = {k: v for k, v in mine[key].items() if k in used}
-        if (fields.get(key) or {}) != wanted:
-            raise _disagree(key, fields.get(key), wanted, file)
+        # What matches no layer is not written, or is of a LoRA on an embedding.
+        theirs, wanted = (_matching(x, modules) for x in (fields.get(key) or {}, mine[key]))
+        if theirs != wanted:
+            raise _disagree(key, theirs, wanted, file)
     targets = peft.targeted(fields, modules, lambda _: False)
     if targets is not None and targets != set(modules):
         left = sorted(set(modules) - targets)

@@ -239,10 +239,12 @@ def check_states(checkpoint: Path) -> None:
 
 
 def _trainer_state(file: Path) -> dict[str, Any]:
-    from transformers import TrainerState
-
     data = read_limited(file, limit=_STATE_BYTES, root=file.parent)
     state = parse_object(data, file, limit=_STATE_BYTES, values=_STATE_VALUES)
+    try:
+        from transformers import TrainerState
+    except ImportError:  # without it nothing can go on from here, but it can be looked at
+        return state
     known = {field.name for field in dataclasses.fields(TrainerState)}
     unknown = sorted(state.keys() - known)
     if unknown:

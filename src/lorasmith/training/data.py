@@ -346,7 +346,13 @@ def _read_file(path: Path, cache: str | None) -> Dataset:
             file=path,
         )
     if path.stat().st_size == 0:
-        raise DataError("The data file is empty.", expected="at least one row", file=path)
+        raise DataError(
+            "The data file is empty.",
+            expected="at least one row",
+            got="0 bytes",
+            file=path,
+            key="data",
+        )
     if reader != "parquet":
         _check_text(path)
     options: dict[str, Any] = {}
@@ -477,6 +483,7 @@ def _check_json(path: Path) -> None:
                     expected="one object a line",
                     got=error,
                     file=path,
+                    key=f"line {number}",
                 ) from error
             if not isinstance(row, dict):
                 raise DataError(
@@ -484,6 +491,7 @@ def _check_json(path: Path) -> None:
                     expected='{"column": value, …}',
                     got=_short(row),
                     file=path,
+                    key=f"line {number}",
                 )
 
 
@@ -576,7 +584,13 @@ def _no_such_file(path: Path) -> DataError:
 
 
 def _no_rows(source: str | Path) -> DataError:
-    return DataError("The data set has no rows.", expected="at least one row", file=source)
+    return DataError(
+        "The data set has no rows.",
+        expected="at least one row",
+        got="none",
+        file=source,
+        key="data",
+    )
 
 
 def _first_line(error: BaseException) -> str:
