@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -258,3 +260,28 @@ def test_waiting_for_another_writer_ends(tmp_path: Path) -> None:
         atomic.locked(tmp_path / "a", timeout=0.05),
     ):
         pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be deleted there")
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_finished_file_is_not_abandoned_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    """Another writer clears abandoned ones away; this one is still to be put in its place."""
+    target = tmp_path / "report.html"
+    if exists:
+        atomic.replace_text(target, "old")
+    seen = []
+    for name, module in (("_exchange", atomic), ("replace", os)):
+        real = getattr(module, name)
+
+        def placing(part: Path, to: Path, real: Any = real) -> Any:
+            seen.append(atomic._abandoned(part))
+            return real(part, to)
+
+        monkeypatch.setattr(module, name, placing)
+    atomic.replace_text(target, "new")
+    assert seen
+    assert not any(seen)
+    assert target.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]

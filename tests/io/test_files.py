@@ -761,3 +761,27 @@ def test_messages_do_not_hide_what_is_wrong(tmp_path: Path) -> None:
     for part in (WEIGHTS, "lora_A.weight", r"\[5, ", r"\[4, ", "to fix"):
         assert re.search(part, text), part
     assert weights.MAX_SCALING == 1000
+
+
+def test_a_smaller_file_that_comes_while_one_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors reads the header, then maps the path again: another file by then."""
+    large, small = (
+        support.saved(tmp_path / name, ls.LoRAConfig(r=r)) for name, r in (("a", 8), ("b", 2))
+    )
+    mapped = torch.UntypedStorage.from_file
+    waiting = [True]
+
+    def replaced(*arguments: Any, **options: Any) -> Any:
+        if waiting.pop() if waiting else False:
+            for name in (CONFIG, WEIGHTS, OWN):
+                os.replace(small / name, large / name)
+        return mapped(*arguments, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", replaced)
+    read = ls.read_adapter(large)
+    assert not waiting
+    assert isinstance(read.config, ls.LoRAConfig)
+    assert read.config.r == 2
+    assert {f.A.shape[0] for f in read.factors.values()} == {2}

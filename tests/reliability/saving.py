@@ -35,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -499,7 +500,10 @@ def writers(kind: Kind, folder: Path, number: int, saves: int) -> dict[str, Any]
                 for _ in range(saves):
                     kind.save(path, g)
                 code = 0
+            except BaseException:  # noqa: BLE001 - told, and then the process ends
+                traceback.print_exc()
             finally:
+                sys.stderr.flush()
                 os._exit(code)
         children.append(child)
     reads = again = 0

@@ -31,7 +31,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -230,12 +230,15 @@ def replace_file(target: Path, write: Callable[[BinaryIO], None]) -> None:
     old = target.exists()
     placed = swapped = False
     try:
-        with stream:
-            write(stream)
-            stream.flush()
-            if old:
-                shutil.copymode(target, part)
-            os.fsync(stream.fileno())
+        write(stream)
+        stream.flush()
+        if old:
+            shutil.copymode(target, part)
+        os.fsync(stream.fileno())
+        if sys.platform == "win32":
+            stream.close()  # an open file cannot be renamed there
+        # Elsewhere it stays open: its lock ends when it is closed, and as long as the file has the
+        # name of an unfinished one, another writer would take it for abandoned.
         # The old one is kept under the other name until the new one is on disk.
         swapped = old and _exchange(part, target)
         if not swapped:
@@ -244,11 +247,14 @@ def replace_file(target: Path, write: Callable[[BinaryIO], None]) -> None:
         _sync(target.parent)
     except BaseException:
         if swapped:
-            _exchange(part, target)
+            with suppress(FileNotFoundError):  # another writer has cleared the old one away
+                _exchange(part, target)
         elif placed and not old:
             target.unlink(missing_ok=True)
         part.unlink(missing_ok=True)
         raise
+    finally:
+        stream.close()
     part.unlink(missing_ok=True)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lorasmith.core.adapter import Adapter, attached, unwrap
 from lorasmith.core.attach import check_free, put, refuse_unreadable, trainable_copy
-from lorasmith.core.config import AdapterConfig
+from lorasmith.core.config import AdapterConfig, check_number, checked_pattern
 from lorasmith.core.factors import factors_of
 from lorasmith.core.layers import LayerInfo, device_of
 from lorasmith.core.patterns import first_matching_key
@@ -305,7 +305,8 @@ def _agree_on_layers(weights: AdapterWeights, file: Path) -> None:
     mine = variant.to_peft(variant.file_config(weights.config, weights.frozen), weights.layers)
     for key in [k for k, v in mine.items() if k.endswith("_pattern") and isinstance(v, Mapping)]:
         # What matches no layer is not written, or is of a LoRA on an embedding.
-        theirs, wanted = (_matching(x, modules) for x in (fields.get(key) or {}, mine[key]))
+        stranger = checked_pattern(fields.get(key) or {}, key, check_number)
+        theirs, wanted = (_matching(x, modules) for x in (stranger, mine[key]))
         if theirs != wanted:
             raise _disagree(key, theirs, wanted, file)
     targets = peft.targeted(fields, modules, lambda _: False)

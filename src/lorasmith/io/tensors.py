@@ -159,7 +159,9 @@ class FileTensors(TensorSource):
             for key in sorted(opened.keys()):
                 part = opened.get_slice(key)
                 self._headers[key] = (tuple(part.get_shape()), part.get_dtype())
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:
+            # safetensors opens the path twice, for the header and for the mapping. Where a smaller
+            # file has come under it in between, PyTorch refuses to map it, with a RuntimeError.
             raise _unreadable(self.path, str(error)[:300], type(error).__name__) from error
 
     @property

@@ -42,16 +42,23 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+ADAPTER_STATE = "adapter_state.safetensors"
+BEST_STATE = "best_state.safetensors"
+BEST_DYNAMICS = "best_dynamics.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+SCHEDULER = "scheduler.safetensors"
+SCALER = "scaler.safetensors"
+RUN_STATE = "run_state.json"
 
 #: Files without which a run cannot go on where it stopped.
 REQUIRED = (
     "adapter_config.json",
     "adapter_model.safetensors",
-    "adapter_state.safetensors",
-    "optimizer.safetensors",
-    "scheduler.safetensors",
+    ADAPTER_STATE,
+    OPTIMIZER,
+    SCHEDULER,
     "trainer_state.json",
-    "run_state.json",
+    RUN_STATE,
 )
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -196,7 +203,7 @@ def defect(path: Path, *, processes: int = 1) -> str | None:
 #: Bytes of trainer_state.json, which grows with every step that is logged, and values in it.
 _STATE_BYTES, _STATE_VALUES = 1 << 28, 20_000_000
 #: Files that hold tensors alone, and no state.
-_TENSORS = ("adapter_model.safetensors", "adapter_state.safetensors", "best_state.safetensors")
+_TENSORS = ("adapter_model.safetensors", ADAPTER_STATE, BEST_STATE)
 #: Fields of trainer_state.json that a run goes on from, of which each must be a number.
 _COUNTS = ("epoch", "global_step", "max_steps", "num_input_tokens_seen", "total_flos")
 

@@ -1,4 +1,6 @@
-"""Whether a run will be able to write its output, found out before it trains.
+"""The directory of a run: made ready, and whether the run will be able to write into it.
+
+An earlier run there is not destroyed unasked, and a run that fails at once leaves nothing empty.
 
 Two things are tried, not asked: a small file in the directory, and one beside it, since an
 adapter is written to a sibling directory that then takes the place of the old one
@@ -13,16 +15,110 @@ import errno
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorasmith.errors import ConfigError, TrainingError
+from lorasmith.training import checkpoints
+from lorasmith.training.config import TrainConfig
 
-__all__ = ["bytes_needed", "check_space", "check_writable"]
+if TYPE_CHECKING:
+    from lorasmith.core.adapter import Adapter
+
+__all__ = [
+    "LAST_FINITE",
+    "RESULT",
+    "TASK_FOLDER",
+    "bytes_needed",
+    "check_room",
+    "check_space",
+    "check_writable",
+    "is_main",
+    "nothing_empty_left",
+    "prepare_output",
+]
+
+#: The course of the run, the adapter before a number that was not finite, and the adapters that
+#: tasks have of their own.
+RESULT = "training.json"
+LAST_FINITE = "last-finite"
+TASK_FOLDER = "task-"
 
 _PROBE = 1 << 16
 #: For configurations, training.json and the like, in bytes.
 _SMALL = 4 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_main() -> bool:
+    """Whether this process is the one of several that writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextlib.contextmanager
+def nothing_empty_left(output: Path) -> Iterator[None]:
+    """On failure, takes away the directories that were made for a run and hold nothing."""
+    made = [path for path in (output, *output.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        if is_main():
+            with contextlib.suppress(OSError):  # it is not empty, or was never made
+                for path in made:
+                    path.rmdir()
+        raise
+
+
+def prepare_output(config: TrainConfig, checkpoint: Path | None) -> None:
+    """Makes room for the run, or refuses to if there is something that it would destroy."""
+    output = config.output
+    if output.exists() and not output.is_dir():
+        raise ConfigError("The output is a file.", expected="a directory", file=output)
+    if not is_main():
+        return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            "The output cannot be written.",
+            expected="a directory that can be made and written",
+            got=error.strerror or error,
+            fix="check the path and its permissions, or choose another output",
+            file=output,
+            key="output",
+        ) from error
+    check_writable(output)
+    checkpoints.remove_partial(output)
+    if checkpoint is None:
+        old = [*checkpoints.list_checkpoints(output)]
+        results = (output / name for name in ("adapter_config.json", RESULT, LAST_FINITE))
+        old += [path for path in results if path.exists()]
+        old += [p.parent for p in output.glob(f"{TASK_FOLDER}*/adapter_config.json")]
+        if old and not config.overwrite:
+            raise TrainingError(
+                "The output directory holds an earlier run.",
+                expected="a new or empty directory",
+                got=", ".join(sorted(p.name for p in old)),
+                fix="choose another one, go on with --resume last, or give --overwrite",
+                file=output,
+            )
+        for path in old:
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name == RESULT:
+                path.unlink()  # the adapter itself is replaced only by the new one
+
+
+def check_room(config: TrainConfig, adapter: Adapter) -> None:
+    """Raises a TrainingError if the checkpoints will not fit."""
+    size = sum(value.numel() * value.element_size() for value in adapter.state_dict().values())
+    kept = 0 if config.save_steps is None else config.save_total_limit
+    if config.steps is not None and config.save_steps is not None:
+        kept = min(kept, config.steps // config.save_steps)
+    needed = bytes_needed(size, checkpoints=kept, keeps_best=config.early_stopping is not None)
+    there = [f for path in checkpoints.list_checkpoints(config.output) for f in path.iterdir()]
+    check_space(config.output, needed - sum(file.stat().st_size for file in there))
 
 
 def check_writable(output: Path) -> None:

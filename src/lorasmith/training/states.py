@@ -42,6 +42,7 @@ __all__ = [
     "of_this_run",
     "random_state",
     "save_state",
+    "save_tensors",
     "set_random_state",
 ]
 
@@ -153,6 +154,13 @@ def _key(value: Any, tensors: FileTensors) -> Any:
     if isinstance(key, Tensor | list | dict):
         raise TypeError(f"{type(key).__name__} as a key")
     return key
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes tensors, exactly, from the CPU."""
+    from safetensors.torch import save_file
+
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(path))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
