@@ -768,7 +768,9 @@ def main() -> None:
         print("vLoRA is left out: --vlora-python names an interpreter that has vlora-dev.")
         said += " vLoRA was left out."
     print(said, flush=True)
-    record: Record = {"machine": said, "options": {k: str(v) for k, v in vars(options).items()}}
+    paths = ("vlora_python", "folder", "json", "report", "worker")  # of this machine
+    given = {k: str(v) for k, v in vars(options).items() if k not in paths}
+    record: Record = {"machine": said, "options": given}
     texts = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         base: Record = {
