@@ -3,11 +3,12 @@
     python benchmarks/reliability_training.py --count 20 --output results.json
 
 Each run trains an adapter with dropout, accumulation and dynamics on a tiny model (CPU), in a
-process of its own that gets SIGKILL after a random time: while it loads, trains, evaluates or
-writes a checkpoint. The same call is then made again, and again killed with probability one
-half, until it comes to its end. Its last checkpoint (exact tensors, optimiser, state of the
-dynamics, scheduler, random numbers, Trainer's state) and its adapter are compared bit by bit with
-those of a run that was never killed, see ``tests/training/killing.py``.
+process of its own that gets SIGKILL after a random time: one kill in four at any time from its
+start, the others between its first checkpoint and its end, while it trains or writes one. The same
+call is then made again, and again killed with probability one half, until it comes to its end. Its
+last checkpoint (exact tensors, optimiser, state of the dynamics, scheduler, random numbers,
+Trainer's state) and its adapter are compared bit by bit with those of a run that was never killed,
+see ``tests/training/killing.py``.
 """
 
 from __future__ import annotations
@@ -42,10 +43,22 @@ def _run(base: str, rows: str, output: str) -> None:
     Watched().train(config(Path(base), Path(rows), Path(output)))
 
 
-def _one(context: Any, arguments: tuple[str, str, str], seconds: float | None) -> bool:
-    """Starts a run; True if it came to its end before it was killed."""
+def _one(
+    context: Any, arguments: tuple[str, str, str], seconds: float | None, *, wait: bool = False
+) -> bool:
+    """Starts a run; True if it came to its end before it was killed.
+
+    Args:
+        context: Where processes come from.
+        arguments: Of the run.
+        seconds: When to kill it; ``None`` for never.
+        wait: Whether the seconds count from its first new checkpoint on.
+    """
+    before = _newest(arguments[2])
     process = context.Process(target=_run, args=arguments)
     process.start()
+    while wait and process.exitcode is None and _newest(arguments[2]) == before:
+        time.sleep(0.002)
     process.join(seconds)
     if process.exitcode is None:
         os.kill(process.pid, signal.SIGKILL)
@@ -53,6 +66,13 @@ def _one(context: Any, arguments: tuple[str, str, str], seconds: float | None) -
     if process.exitcode not in (0, -signal.SIGKILL):
         raise SystemExit(f"a run ended by itself with {process.exitcode}")
     return bool(process.exitcode == 0)
+
+
+def _newest(output: str) -> str | None:
+    from lorasmith.training import checkpoints
+
+    found = checkpoints.list_checkpoints(Path(output))
+    return found[0].name if found else None
 
 
 def measure(count: int, seed: int, folder: Path) -> dict[str, Any]:
@@ -70,6 +90,9 @@ def measure(count: int, seed: int, folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     _one(context, (str(base), str(rows), str(folder / "second")), None)
     typical = time.monotonic() - began
+    began = time.monotonic()
+    _one(context, (str(base), str(rows), str(folder / "third")), 0.0, wait=True)
+    training = max(0.05, typical - (time.monotonic() - began))
     wrong = {"second": found} if (found := differences(whole, folder / "second")) else {}
     kills, resumed_at = 0, []
     for number in range(count):
@@ -78,7 +101,9 @@ def measure(count: int, seed: int, folder: Path) -> dict[str, Any]:
         killed = False
         while True:
             again = not killed or generator.random() < 0.5
-            if _one(context, arguments, generator.uniform(0.0, typical) if again else None):
+            early = generator.random() < 0.25
+            seconds = generator.uniform(0.0, typical if early else training)
+            if _one(context, arguments, seconds if again else None, wait=again and not early):
                 if killed:
                     break
                 # It was quicker than the signal: once more from the start.
