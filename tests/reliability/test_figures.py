@@ -71,12 +71,7 @@ def _failing(refuse: Callable[..., None]) -> Callable[[Path], Any]:
         class Full:
             name = stream.name
             write = staticmethod(refuse)
-
-            def __enter__(self) -> Any:
-                return self
-
-            def __exit__(self, *_: object) -> None:
-                stream.close()
+            close = staticmethod(stream.close)
 
         return Full()
 

@@ -168,6 +168,15 @@ class FusedMatrix(Stored):
             yield self._written(before, after)
 
     def _written(self, before: Tensor, wanted: Tensor) -> Tensor:
+        if not bool(torch.isfinite(wanted).all()) and not bool(torch.isfinite(before).all()):
+            raise FuseError(
+                f"The base's weight of {self._module} is not finite.",
+                expected="finite numbers",
+                got="NaN or infinity",
+                fix="download or save the base model again",
+                file=self._start.file,
+                key=self._module,
+            )
         finite(wanted, self._module)
         assert self.dtype is not None
         out = narrowed(wanted, self.dtype, self._module)
@@ -181,7 +190,7 @@ def finite(value: Tensor, name: str) -> Tensor:
         raise FuseError(
             f"Fusing into {name} gives a weight that is not finite.",
             expected="finite numbers",
-            got="NaN or infinity, in the adapter or in the base",
+            got="NaN or infinity",
             fix="check the adapter: lorasmith info PATH",
             key=name,
         )

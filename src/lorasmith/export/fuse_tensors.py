@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,11 +34,13 @@ class Stored(ABC):
         shape: Its shape.
         dtype: Of what is read, or ``None`` where PyTorch has no dtype for it.
         kind: The format's name of the dtype.
+        file: The one it is in, if it is in one as it is.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     kind: str
+    file: Path | None = None
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +62,7 @@ class FromFile(Stored):
     """Of a safetensors file."""
 
     def __init__(self, file: CheckpointFile, key: str) -> None:
-        self._file, self._key = file, key
+        self._file, self._key, self.file = file, key, file.tensors.path
         self._first, self._last, self.kind = file.place(key)
         self.shape = file.tensors.shape(key)
         try:
