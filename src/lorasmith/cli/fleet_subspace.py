@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 from rich.console import Console
 
+from lorasmith.cli.adapter_output import check_output
 from lorasmith.cli.output import Common, CommonOptions, emit, grid, number, session, stderr
 from lorasmith.errors import ConfigError
 
@@ -294,13 +295,7 @@ def export(
                 got=rank,
                 key="--rank",
             )
-        if not overwrite and (output / "adapter_config.json").exists():
-            raise ConfigError(
-                "There is an adapter in the output directory already.",
-                got=output,
-                fix="choose another one, or give --overwrite",
-                key="--output",
-            )
+        check_output(output, overwrite)
         whole = SharedSubspace.load(fleet)
         made = whole.reconstruct(id, int(rank) if rank.isdecimal() else rank)  # type: ignore[arg-type]
         made.save(output)
