@@ -104,7 +104,9 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
         rows.append(
             [
                 kind,
-                "–" if kills is None else f"{kills.get('kills', 0):,}",
+                "–"
+                if kills is None
+                else _kills(kills.get("kills", 0), kills.get("during_a_save", 0)),
                 "–" if faults is None else f"{faults.get('faults', 0):,}",
                 "–"
                 if shared is None
@@ -129,6 +131,10 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     return text
 
 
+def _kills(count: int, writing: int) -> str:
+    return f"{count:,} ({writing:,} with files half written)"
+
+
 def _sum(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     def total(part: str, key: str) -> int:
         return sum(r.get(key, 0) for r in results.get(part, []))
@@ -137,7 +143,7 @@ def _sum(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     lost = sum(r["lost"] is not None for r in saving)
     return [
         "**all**",
-        f"{total('kills', 'kills'):,}",
+        _kills(total("kills", "kills"), total("kills", "during_a_save")),
         f"{total('faults', 'faults'):,}",
         f"{total('writers', 'saves'):,} saves, {total('writers', 'reads'):,} reads",
         f"{lost}" if lost else "nothing",
