@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import random
 import shutil
-import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -17,12 +15,10 @@ from typing import Any
 
 import pytest
 
-from lorasmith.cli import main
 from lorasmith.errors import TrainingError
 from lorasmith.training import checkpoints, trainer
 from lorasmith.training.checkpoints import REQUIRED, choose_checkpoint, publish
-from lorasmith.training.loss import LossOutput, model_loss_output
-from lorasmith.training.trainer import TrainingInterrupted, train
+from lorasmith.training.trainer import train
 from tests.training.killing import ACCUMULATION, STEPS, Killed, Watched, config, differences
 from tests.training.tiny import ROWS, make_model, make_tokenizer, save_tiny, write_rows
 
@@ -81,109 +77,6 @@ def test_the_comparison_sees_differences(
     for part in ("adapter_state", "optimizer.", "rng_state.", "trainer_state", "adapter."):
         assert part in found
     assert "scheduler." not in found
-
-
-# -- stopped -----------------------------------------------------------------------------------
-
-
-class Signalled:
-    """Sends a signal to this process in the middle of a step, as soon as two are done."""
-
-    def __init__(self, number: int) -> None:
-        self.number, self.calls, self.sent = number, 0, 0.0
-
-    def __call__(self, *arguments: Any, **options: Any) -> LossOutput:
-        self.calls += 1
-        if self.calls == 2 * ACCUMULATION + 2:
-            self.sent = time.monotonic()
-            os.kill(os.getpid(), self.number)
-        return model_loss_output(*arguments, **options)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="no such signals")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_run_with_a_checkpoint(
-    base: Path,
-    rows: Path,
-    whole: tuple[Path, list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    number: int,
-    code: int,
-) -> None:
-    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
-    made = config(base, rows, tmp_path / "out", save_steps=4)
-    with monkeypatch.context() as patch:
-        sending = Signalled(number)
-        patch.setattr(trainer, "model_loss_output", sending)
-        with pytest.raises(TrainingInterrupted) as caught:
-            train(made, progress=False)
-    assert time.monotonic() - sending.sent < 30.0
-    assert caught.value.code == code
-    path = tmp_path / "out" / "checkpoint-3"
-    assert caught.value.result.checkpoint == str(path)
-    assert checkpoints.defect(path) is None
-    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
-    train(made, progress=False)
-    # save_steps, which may change, is in the configuration alone.
-    assert {d.partition(":")[0] for d in differences(whole[0], made.output)} <= {
-        "run_state.json.config.save_steps",
-        "trainer_state.json.save_steps",
-    }
-
-
-@pytest.mark.skipif(os.name == "nt", reason="no such signals")
-@pytest.mark.parametrize("patience", [0.0, 60.0])
-def test_a_long_step_is_given_up_between_its_batches(
-    base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: float
-) -> None:
-    """What the batches of the step have drawn and counted is taken back: bit for bit the same."""
-    options: dict[str, Any] = {"dynamics": (), "gradient_accumulation": 3, "steps": 4}
-    whole = config(base, rows, tmp_path / "whole", **options)
-    tokens = train(whole, progress=False).tokens
-    made = config(base, rows, tmp_path / "out", **options)
-    calls = 0
-
-    def sending(*arguments: Any, **given: Any) -> LossOutput:
-        nonlocal calls
-        calls += 1
-        if calls == 8:  # the second of three in the third step
-            os.kill(os.getpid(), signal.SIGTERM)
-        return model_loss_output(*arguments, **given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "model_loss_output", sending)
-        patch.setattr(trainer, "GIVE_UP_AFTER", patience)
-        with pytest.raises(TrainingInterrupted) as caught:
-            train(made, progress=False)
-    assert caught.value.code == 143
-    step = 2 if patience == 0.0 else 3
-    assert calls == (8 if patience == 0.0 else 9)
-    assert caught.value.result.checkpoint == str(tmp_path / "out" / f"checkpoint-{step}")
-    assert train(made, progress=False).tokens == tokens
-    assert differences(whole.output, made.output) == []
-
-
-@pytest.mark.skipif(os.name == "nt", reason="no such signals")
-def test_the_command_says_how_to_go_on(
-    base: Path,
-    rows: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(trainer, "model_loss_output", Signalled(signal.SIGTERM))
-    output = tmp_path / "out"
-    arguments = [
-        *("train", str(base), str(rows), "-o", str(output), "--steps", "8", "--device", "cpu"),
-        *("--gradient-accumulation", "2", "--batch-size", "4"),
-    ]
-    assert main(arguments) == 143
-    _, err = capfd.readouterr()
-    words = " ".join(err.split())
-    assert "finishing the step and writing a checkpoint" in words
-    assert f"Stopped after step 3; its checkpoint is {output / 'checkpoint-3'}" in words
-    assert "--resume last" in words
 
 
 # -- damaged -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,19 +42,24 @@ def train(
         from lorasmith.training.trainer import TrainingInterrupted
         from lorasmith.training.trainer import train as run
 
-        code = 0
-        try:
-            result = run(options, progress=not common.quiet)
-        except TrainingInterrupted as stop:
-            result, code = stop.result, stop.code
+        def interrupted(stop: TrainingInterrupted) -> None:
+            result = stop.result
             stderr().print(
                 f"Stopped after step {result.steps:,}; its checkpoint is {result.checkpoint}. The "
                 "same command with --resume last goes on from there.",
                 markup=False,
                 soft_wrap=True,
             )
+            emit(common, result.to_dict(), lambda console: show_result(result, console))
+            sys.stdout.flush()
+
+        try:
+            result = run(options, progress=not common.quiet, leave=interrupted)
+        except TrainingInterrupted as stop:
+            interrupted(stop)
+            return stop.code
         emit(common, result.to_dict(), lambda console: show_result(result, console))
-    return code
+    return 0
 
 
 def show_result(result: TrainResult, console: Console) -> None:

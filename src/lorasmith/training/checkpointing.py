@@ -84,7 +84,8 @@ class CheckpointingTrainer(Trainer):
         before: What the run had come to before a resume.
         rows_digest: Of the rows.
         started: When this process began to train, on the clock of ``time.perf_counter``.
-        tokens_here: Tokens that this process has seen since it began.
+        tokens_here: Tokens that this process has seen since it began, in whole steps.
+        last_random: The random state after the last step, or before the first.
         eval_seconds: Wall time of evaluations, those before a resume included.
         best: Step and loss of the best evaluation, with early stopping.
         evaluations_since_best: Evaluations since then.
@@ -107,6 +108,7 @@ class CheckpointingTrainer(Trainer):
     rows_digest: str
     started: float
     tokens_here: int
+    last_random: dict[str, Any] | None
     eval_seconds: float
     best: tuple[int, float] | None
     evaluations_since_best: int
@@ -251,6 +253,7 @@ class CheckpointingTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
+        self.last_random = load_state(self._rng_file(resume_from_checkpoint))
         state = load_tensors(folder / ADAPTER_STATE)
         with of_this_run(folder / ADAPTER_STATE):
             self.adapter.load_state_dict(state)
@@ -303,7 +306,9 @@ class CheckpointingTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Trainer's, without a pickle: random numbers of Python, NumPy, PyTorch, the device."""
-        save_state(random_state(self.args.device), self._rng_file(output_dir))
+        # Not the present one: a checkpoint may be written in the middle of the step after it.
+        state = self.last_random or random_state(self.args.device)
+        save_state(state, self._rng_file(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Trainer's, without a pickle."""

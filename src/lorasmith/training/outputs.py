@@ -35,7 +35,9 @@ __all__ = [
     "check_space",
     "check_writable",
     "is_main",
+    "make_output",
     "nothing_empty_left",
+    "only_run",
     "prepare_output",
 ]
 
@@ -70,9 +72,47 @@ def nothing_empty_left(output: Path) -> Iterator[None]:
         raise
 
 
-def prepare_output(config: TrainConfig, checkpoint: Path | None) -> None:
-    """Makes room for the run, or refuses to if there is something that it would destroy."""
-    output = config.output
+@contextlib.contextmanager
+def only_run(output: Path) -> Iterator[None]:
+    """Holds a directory for one run: two would mix their checkpoints.
+
+    The lock ends with the process, however that ends.
+
+    Args:
+        output: A directory that exists.
+
+    Raises:
+        TrainingError: Another run has it.
+    """
+    from filelock import FileLock, Timeout
+
+    if not is_main():
+        yield
+        return
+    place = Path(os.path.realpath(output))
+    file = place.with_name(f".{place.name}.run.lock")
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise TrainingError(
+            "Another run is writing into the output.",
+            expected="one run at a time in a directory",
+            got=f"{file.name} is held by a process that is alive",
+            fix="wait for it, stop it, or choose another output",
+            file=output,
+            key="output",
+        ) from error
+    try:
+        yield
+    finally:
+        if os.name != "nt":  # a file that is open cannot be removed there
+            file.unlink(missing_ok=True)  # nobody waits for it
+        lock.release()
+
+
+def make_output(output: Path) -> None:
+    """Makes the directory of a run, and tries whether it can be written."""
     if output.exists() and not output.is_dir():
         raise ConfigError("The output is a file.", expected="a directory", file=output)
     if not is_main():
@@ -89,6 +129,13 @@ def prepare_output(config: TrainConfig, checkpoint: Path | None) -> None:
             key="output",
         ) from error
     check_writable(output)
+
+
+def prepare_output(config: TrainConfig, checkpoint: Path | None) -> None:
+    """Makes room for the run, or refuses to if there is something that it would destroy."""
+    if not is_main():
+        return
+    output = config.output
     checkpoints.remove_partial(output)
     if checkpoint is None:
         old = [*checkpoints.list_checkpoints(output)]

@@ -1,43 +1,126 @@
-"""SIGTERM and Ctrl-C during a run: noted, and left to the loop to act on after the step."""
+"""SIGTERM and Ctrl-C during a run: the step is finished, or given up if it takes long.
+
+The loop looks after each step whether a signal came, writes a checkpoint and stops. A batch may
+take longer than whoever sent the signal waits; and Python runs a signal's handler between two of
+its own instructions, of which a backward pass is one. So the number of a signal goes through a
+socket (``signal.set_wakeup_fd``) to a thread that reads it at once.
+
+That thread can write the checkpoint of the last whole step while the main thread is still in a
+batch: nothing that a checkpoint holds changes there, but random numbers and counts, which are kept
+from the end of the step before. A lock tells the two apart. The main thread holds it, but for the
+time in which it changes nothing (:meth:`StopSignals.unchanging`); where it takes it again and finds
+that the checkpoint has been written, it leaves the batch by :class:`StepGivenUpError`. If it does
+not come to that in time, the thread ends the process, where it may.
+"""
 
 from __future__ import annotations
 
-import math
+import contextlib
 import os
 import signal
+import socket
 import threading
 import time
+import weakref
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-__all__ = ["StopSignals"]
+from torch import no_grad
+
+__all__ = ["GIVE_UP_AFTER", "LEAVE_AFTER", "StepGivenUpError", "StopSignals"]
+
+#: Seconds after a signal from which a step is given up.
+GIVE_UP_AFTER = 15.0
+#: Seconds after a signal from which the process is ended from within a batch.
+LEAVE_AFTER = 25.0
+#: Seconds for the main thread to act on a second signal.
+_AT_ONCE = 1.0
+
+_HANDLED = (signal.SIGTERM, signal.SIGINT)
+_OVER = b"\0"
+
+
+_active: weakref.WeakSet[StopSignals] = weakref.WeakSet()
+
+
+class StepGivenUpError(Exception):
+    """A signal came, and the checkpoint of the step before has been written meanwhile."""
 
 
 class StopSignals:
     """Catches SIGTERM and Ctrl-C for the time of a run.
 
     The first one asks the run to stop after the step; a second one acts as it would
-    without us, for those who cannot wait.
+    without us, for those who cannot wait. Outside of the main thread there are no signals, and
+    nothing happens here.
+
+    Args:
+        save: Writes the checkpoint of the last whole step; called by a thread of its own. ``None``
+            if steps are never given up.
+        leave: Called by that thread before it ends the process, if a batch still goes on long
+            after its checkpoint is written; ``None`` if the process must not be ended.
 
     Attributes:
         received: Number of the signal that came.
         honoured: Whether the run has stopped because of it.
+        saved: Whether the checkpoint was written while a batch was going on.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, save: Callable[[], None] | None = None, leave: Callable[[], None] | None = None
+    ) -> None:
         self.received: int | None = None
-        self._at = math.inf
-        self.honoured = False
+        self.honoured = self.saved = False
+        self._save, self._leave = save, leave
+        self._lock = threading.Lock()
+        self._over = threading.Event()
         self._previous: dict[int, Any] = {}
+        self._previous_socket = -1
+        self._sockets: tuple[socket.socket, ...] = ()
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> StopSignals:
         # Python lets only the main thread set handlers.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._note)
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._lock.acquire()
+        self._sockets = socket.socketpair()
+        self._sockets[1].setblocking(False)
+        self._thread = threading.Thread(target=self._watch, name="lorasmith-signals", daemon=True)
+        self._thread.start()
+        self._previous_socket = signal.set_wakeup_fd(
+            self._sockets[1].fileno(), warn_on_full_buffer=False
+        )
+        for number in _HANDLED:
+            self._previous[number] = signal.signal(number, self._note)
+        _active.add(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.keep_step()
+        self._restore()
+        _active.discard(self)
+
+    def keep_step(self) -> None:
+        """From now on no step is given up; a signal is only noted."""
+        if self._thread is None:
+            return
+        thread, self._thread = self._thread, None
+        self._over.set()
+        signal.set_wakeup_fd(self._previous_socket)
+        with contextlib.suppress(OSError):
+            self._sockets[1].send(_OVER)
+        self._lock.release()
+        thread.join()
+        for one in self._sockets:
+            one.close()
+
+    # -- the main thread -----------------------------------------------------------------
+
+    def forked(self) -> None:
+        """In a process that was forked meanwhile: its signals are not the run's."""
+        signal.set_wakeup_fd(-1)
         self._restore()
 
     def _restore(self) -> None:
@@ -45,14 +128,101 @@ class StopSignals:
             signal.signal(number, handler)
         self._previous = {}
 
-    def waited(self, seconds: float) -> bool:
-        """Whether a signal came that long ago."""
-        return time.monotonic() - self._at >= seconds
-
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        self._at = time.monotonic()
         self._restore()
+
+    @contextlib.contextmanager
+    def unchanging(self) -> Iterator[None]:
+        """Around what changes nothing that a checkpoint holds: one may be written meanwhile.
+
+        Raises:
+            StepGivenUpError: It has been.
+        """
+        if self._thread is None:
+            yield
+            return
+        self._lock.release()
+        try:
+            yield
+        finally:
+            self._lock.acquire()
+        if self.saved:
+            raise StepGivenUpError
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Within :meth:`unchanging`, around what does change something after all.
+
+        Raises:
+            StepGivenUpError: A checkpoint has been written.
+        """
+        if self._thread is None:
+            yield
+            return
+        with self._lock:
+            if self.saved:
+                raise StepGivenUpError
+            yield
+
+    # -- the thread ----------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        number = self._next(None)
+        if number is None:
+            return
+        at = time.monotonic()
+        self.received = number
         name = signal.Signals(number).name
         # Not through logging: its locks may be held where the signal came in.
         os.write(2, f"\n{name}: finishing the step and writing a checkpoint.\n".encode())
+        if self._save is None or self._wait(at + GIVE_UP_AFTER):
+            return
+        with self._lock:
+            if self._over.is_set() or self.honoured:
+                return
+            # What fails here is tried again by the main thread after the step, and said there.
+            with contextlib.suppress(Exception), no_grad():
+                self._save()
+                self.saved = True
+        if not self.saved or self._leave is None or self._wait(at + LEAVE_AFTER):
+            return
+        with self._lock:
+            if self._over.is_set():
+                return
+            try:
+                self._leave()
+            finally:
+                os._exit(128 + number)
+
+    def _wait(self, until: float) -> bool:
+        """Waits; True if the run is over by then, or is ended by a second signal."""
+        while (left := until - time.monotonic()) > 0:
+            number = self._next(left)
+            if number is not None and self._leave is not None and not self._over.wait(_AT_ONCE):
+                os._exit(128 + number)
+            if self._over.is_set():
+                return True
+        return self._over.is_set()
+
+    def _next(self, seconds: float | None) -> int | None:
+        """The next signal; ``None`` if there is none for so long, or the run is over."""
+        receiver = self._sockets[0]
+        receiver.settimeout(seconds)
+        try:
+            while (data := receiver.recv(1)) not in (_OVER, b""):
+                if data[0] in _HANDLED:
+                    return data[0]
+        except TimeoutError:
+            pass
+        return None
+
+
+def _forked() -> None:
+    for active in list(_active):
+        active.forked()
+    _active.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

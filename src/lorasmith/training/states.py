@@ -40,6 +40,7 @@ __all__ = [
     "load_state",
     "load_tensors",
     "of_this_run",
+    "on_device",
     "random_state",
     "save_state",
     "save_tensors",
@@ -255,3 +256,11 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type != "cpu" and device.type in state:
         getattr(torch, device.type).set_rng_state(state[device.type])
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes a device the present one of this thread; each thread begins with the first."""
+    if device.type == "cpu" or device.index is None:
+        return contextlib.nullcontext()
+    made: contextlib.AbstractContextManager[Any] = getattr(torch, device.type).device(device)
+    return made

@@ -15,7 +15,7 @@ done differently here, and why:
 - An output that cannot be written, and files that will not fit, show before training
   (``training.outputs``); other data, base, tokenizer or options on a resume are refused.
 - SIGTERM and Ctrl-C finish the step, write a checkpoint, and end the process with 143 or 130. A
-  step that accumulates gradients of many batches is given up instead, if it takes long.
+  step that takes long is given up instead, in the middle of a batch (``training.signals``).
 - The evaluation loss is a mean over tokens. (Trainer's is a mean of batch means.)
 - Where rows have a task, every batch is of one task, the same on all devices, and losses are
   reported for each task as well.
@@ -38,6 +38,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,9 @@ from lorasmith.training.order import epoch_rows, steps_per_epoch
 from lorasmith.training.outputs import (
     check_room,
     is_main,
+    make_output,
     nothing_empty_left,
+    only_run,
     prepare_output,
 )
 from lorasmith.training.progress import bar
@@ -105,8 +108,8 @@ from lorasmith.training.records import (
 )
 from lorasmith.training.resuming import Before, rows_digest
 from lorasmith.training.rows import check_tokens, collator_of, raw_rows, tokenised_rows
-from lorasmith.training.signals import StopSignals
-from lorasmith.training.states import random_state, set_random_state
+from lorasmith.training.signals import StepGivenUpError, StopSignals
+from lorasmith.training.states import on_device, random_state
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -131,9 +134,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-#: Seconds after a signal from which a step of several batches is given up between two of them.
-GIVE_UP_AFTER = 15.0
-
 
 # The run --------------------------------------------------------------------------------------
 
@@ -144,6 +144,7 @@ def train(
     model: Any = None,
     tokenizer: Any = None,
     progress: bool = True,
+    leave: Callable[[TrainingInterrupted], None] | None = None,
 ) -> TrainResult:
     """Trains an adapter and saves it.
 
@@ -157,6 +158,9 @@ def train(
             name. It keeps the trained adapter, named ``"default"``.
         tokenizer: Its tokenizer; given if and only if ``model`` is.
         progress: Whether to show progress on stderr.
+        leave: Called from a thread with what would be raised, if a batch still goes on 25 s after
+            a signal and its checkpoint has been written; the process ends when it returns. By
+            default it goes on, and TrainingInterrupted is raised when the batch is done.
 
     Raises:
         ConfigError: The configuration cannot work here.
@@ -178,10 +182,15 @@ def train(
         check_lora_plus(variant_of(adapter_config))
     device = choose_device(config)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    checkpoint = checkpoints.choose_checkpoint(config.resume, config.output, processes=processes)
-    with nothing_empty_left(config.output):
-        prepare_output(config, checkpoint)
-        return _train(config, adapter_config, rules, device, checkpoint, model, tokenizer, progress)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(nothing_empty_left(config.output))
+        make_output(config.output)
+        stack.enter_context(only_run(config.output))
+        found = checkpoints.choose_checkpoint(config.resume, config.output, processes=processes)
+        prepare_output(config, found)
+        return _train(
+            config, adapter_config, rules, device, found, model, tokenizer, progress, leave
+        )
 
 
 def _train(
@@ -193,6 +202,7 @@ def _train(
     model: Any,
     tokenizer: Any,
     progress: bool,
+    leave: Callable[[TrainingInterrupted], None] | None,
 ) -> TrainResult:
     import lorasmith as ls
 
@@ -265,6 +275,7 @@ def _train(
             progress,
             task,
             TokenizerRecord.of(tokenizer),
+            leave,
         )
         stack.callback(trainer.close_dynamics)
         stack.enter_context(contiguous_head_input(model))
@@ -278,7 +289,7 @@ def _train(
 
 
 class _InterruptedError(Exception):
-    """A signal came during an evaluation, or during a step that goes on for long."""
+    """A signal came during an evaluation."""
 
 
 class _AdapterTrainer(CheckpointingTrainer):
@@ -301,8 +312,10 @@ class _AdapterTrainer(CheckpointingTrainer):
         progress: bool,
         task: SubspaceTrainer | None,
         tokenizer: TokenizerRecord,
+        leave: Callable[[TrainingInterrupted], None] | None,
     ) -> None:
         self.run_config = config
+        self.leave = leave
         self.tokenizer_record = tokenizer
         self.task = task
         self.base = model
@@ -318,7 +331,7 @@ class _AdapterTrainer(CheckpointingTrainer):
         self.task_sums: dict[str, Tensor] = {}
         self.packing = packing
         self.before = before
-        self.tokens_here = 0
+        self.tokens_here = self.step_tokens = 0
         self.eval_seconds = before.eval_seconds
         self.best = before.best
         self.evaluations_since_best = before.evaluations_since_best
@@ -326,13 +339,15 @@ class _AdapterTrainer(CheckpointingTrainer):
         self.merged_loss = None
         self.stopped_early = False
         self.step_loss: Tensor | None = None
-        #: Random state and tokens after the last step, where the next can be given up.
-        self.step_start: tuple[dict[str, Any], int] | None = None
-        self.stop = StopSignals()
+        self.last_random = None
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        # Several processes would have to agree on the step that they give up.
+        self.stop = StopSignals(
+            self._save_last_step if world == 1 else None, None if leave is None else self._leave
+        )
         self.started = time.perf_counter()
         self.plain_collate = collate
         self.rows_digest = rows_digest(rows)
-        world = int(os.environ.get("WORLD_SIZE", "1"))
         #: Rows of an epoch, those that fill up a task's last batch included.
         self.epoch_rows = epoch_rows(len(rows), self.row_tasks, config.batch_size * world)
         arguments = training_arguments(
@@ -386,11 +401,12 @@ class _AdapterTrainer(CheckpointingTrainer):
     ) -> Any:
         """The loss at supervised positions, a share of the whole step's mean."""
         inputs = dict(inputs)
-        self.tokens_here += int(inputs.pop(ROW_TOKENS, 0))
+        self.step_tokens += int(inputs.pop(ROW_TOKENS, 0))
         task = inputs.pop(TASK, None)
         driver = self.driver
         if driver is not None:
-            driver.select(task)
+            with self.stop.changing():  # a task that is met may get an adapter
+                driver.select(task)
         output = model_loss_output(
             model,
             inputs,
@@ -427,27 +443,36 @@ class _AdapterTrainer(CheckpointingTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Trainer's step; keeps the loss for the check before the optimiser acts."""
-        if self._gives_up_step():
-            raise _InterruptedError
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        with self.stop.unchanging():
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.step_loss = loss if self.step_loss is None else self.step_loss + loss
         return loss
 
-    def end_step(self) -> None:
-        """Notes what the batches of the next step will change before the optimiser acts."""
-        self.step_start = None
-        accumulates = self.args.gradient_accumulation_steps > 1 and self.args.world_size == 1
-        # The rules take note of every batch, and would have to be copied in every step.
-        if accumulates and self.driver is None:
-            self.step_start = (random_state(self.args.device), self.tokens_here)
+    def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
+        """Trainer's batches of a step."""
+        with self.stop.unchanging():
+            return super().get_batch_samples(*arguments, **options)
 
-    def _gives_up_step(self) -> bool:
-        """Whether a step that was asked to end takes too long; its start is gone back to then."""
-        if self.step_start is None or not self.stop.waited(GIVE_UP_AFTER):
-            return False
-        state, self.tokens_here = self.step_start
-        set_random_state(state, self.args.device)
-        return True
+    def end_step(self) -> None:
+        """Notes what the batches of the next step will change, for a checkpoint without them."""
+        self.tokens_here += self.step_tokens
+        self.step_tokens = 0
+        self.last_random = random_state(self.args.device)
+
+    def _save_last_step(self) -> None:
+        """Writes the checkpoint of the last whole step, from a thread."""
+        with on_device(self.args.device):
+            self._save_checkpoint(self.base)
+
+    def _leave(self) -> None:
+        """Says how it went, from a thread, before the process ends."""
+        assert self.stop.received is not None
+        assert self.leave is not None
+        if self.bar is not None:
+            self.bar.close()  # it hides the cursor
+        result = self._result("interrupted")
+        self._write_result(result)
+        self.leave(TrainingInterrupted(self.stop.received, result))
 
     def check_finite(self) -> None:
         """Raises NonFiniteLossError if loss or gradients of the step are not finite."""
@@ -514,6 +539,8 @@ class _AdapterTrainer(CheckpointingTrainer):
             self.stopped_early = self.state.global_step < self.state.max_steps
             self.control.should_training_stop = True
             return
+        if self.last_random is None:
+            self.last_random = random_state(self.args.device)
         super()._run_epoch(*arguments, **options)  # type: ignore[no-untyped-call]
 
     def _lora_plus(self, ratio: float) -> torch.optim.Optimizer:
@@ -617,7 +644,9 @@ class _AdapterTrainer(CheckpointingTrainer):
                 if self.driver is not None:
                     self.driver.select(task)
                 inputs = self.plain_collate([rows[i] for i in batch])
-                output = model_loss_output(self.base, {k: v.to(device) for k, v in inputs.items()})
+                inputs = {k: v.to(device) for k, v in inputs.items()}
+                with self.stop.unchanging():
+                    output = model_loss_output(self.base, inputs)
                 sums[number] += torch.tensor([float(output.loss) * output.count, output.count])
         if world > 1:
             # float64 does not exist on every accelerator.
@@ -676,12 +705,17 @@ class _AdapterTrainer(CheckpointingTrainer):
         with self.stop:
             try:
                 self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+                if not self.stop.honoured:
+                    self._evaluate_last()
             except _InterruptedError:
                 self._save_checkpoint(self.base)
+                self.stop.honoured = True
+            except StepGivenUpError:
                 self.stop.honoured = True
             finally:
                 if self.bar is not None:
                     self.bar.close()
+            self.stop.keep_step()
             if self.stop.honoured:
                 result = self._result("interrupted")
                 self._write_result(result)
@@ -700,11 +734,14 @@ class _AdapterTrainer(CheckpointingTrainer):
         self.accelerator.wait_for_everyone()
         return result
 
-    def _finish(self) -> None:
-        """Ends the dynamics, with the best adapter if one was looked for, and measures it."""
+    def _evaluate_last(self) -> None:
+        """The evaluation at the end, unless there has just been one."""
         if self.eval_rows is not None and self.evaluated_at(self.state.global_step) is None:
             metrics = self.evaluate()
             self.consider(metrics["eval_loss"])
+
+    def _finish(self) -> None:
+        """Ends the dynamics, with the best adapter if one was looked for, and measures it."""
         if self.best_dynamics is not None:
             self._load_best_dynamics(self.best_dynamics)
         before = {k: v.clone() for k, v in self.adapter.state_dict().items()}

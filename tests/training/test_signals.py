@@ -1,0 +1,373 @@
+"""Runs that SIGTERM and Ctrl-C stop: after the step, or in a batch that takes long."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lorasmith as ls
+from lorasmith.cli import main
+from lorasmith.training import checkpoints, signals, trainer
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.loss import LossOutput, model_loss_output
+from lorasmith.training.trainer import TrainingInterrupted, TrainResult, train
+from tests.training.killing import ACCUMULATION, STEPS, Watched, config, differences
+from tests.training.tiny import ROWS, save_tiny, write_rows
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="no such signals")
+
+HANDLED = (signal.SIGTERM, signal.SIGINT)
+#: A stress controller that goes to Multi as soon as it may.
+MULTI = {
+    "weights": [0.0, 1.0, 1.0],
+    "multi": [0.0, 1e-6],
+    "mirror": [0.98, 0.99],
+    "cooldown": 2,
+    "every": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def whole(
+    base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, TrainResult]:
+    """The run that nothing happened to."""
+    made = config(base, rows, tmp_path_factory.mktemp("whole") / "out")
+    return made.output, Watched().train(made)
+
+
+class Sent:
+    """Stands for the computation of the loss, and sends a signal in one of its calls.
+
+    Args:
+        call: In which, from 1 on; of those of evaluations, if ``evaluating``.
+        number: The signal.
+        until: The batch is not done before that is there: it takes long.
+    """
+
+    def __init__(
+        self,
+        call: int,
+        number: int = signal.SIGTERM,
+        until: Path | None = None,
+        evaluating: bool = False,
+    ) -> None:
+        self.call, self.number, self.until, self.evaluating = call, number, until, evaluating
+        self.calls = 0
+        self.sent = 0.0
+
+    def __call__(self, *arguments: Any, **options: Any) -> LossOutput:
+        self.calls += torch.is_grad_enabled() != self.evaluating
+        if self.calls == self.call and not self.sent:
+            self.sent = time.monotonic()
+            os.kill(os.getpid(), self.number)
+            _wait_for(lambda: self.until is None or self.until.exists())
+        return model_loss_output(*arguments, **options)
+
+    def train(self, made: TrainConfig, *, patience: float) -> TrainingInterrupted:
+        """The run, with so much patience for a step."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "model_loss_output", self)
+            patch.setattr(signals, "GIVE_UP_AFTER", patience)
+            with pytest.raises(TrainingInterrupted) as caught:
+                train(made, progress=False)
+        return caught.value
+
+
+def _wait_for(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# -- after the step ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_with_a_checkpoint(
+    base: Path, rows: Path, whole: tuple[Path, TrainResult], tmp_path: Path, number: int, code: int
+) -> None:
+    handlers = [signal.getsignal(n) for n in HANDLED]
+    made = config(base, rows, tmp_path / "out", save_steps=4)
+    sending = Sent(2 * ACCUMULATION + 2, number)
+    caught = sending.train(made, patience=60.0)
+    assert time.monotonic() - sending.sent < 30.0
+    assert caught.code == code
+    path = tmp_path / "out" / "checkpoint-3"
+    assert caught.result.checkpoint == str(path)
+    assert checkpoints.defect(path) is None
+    assert [signal.getsignal(n) for n in HANDLED] == handlers
+    assert not [t for t in threading.enumerate() if t.name == "lorasmith-signals"]
+    assert train(made, progress=False).tokens == whole[1].tokens
+    # save_steps, which may change, is in the configuration alone.
+    assert {d.partition(":")[0] for d in differences(whole[0], made.output)} <= {
+        "run_state.json.config.save_steps",
+        "trainer_state.json.save_steps",
+    }
+
+
+def test_the_command_says_how_to_go_on(
+    base: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(trainer, "model_loss_output", Sent(2 * ACCUMULATION + 2))
+    output = tmp_path / "out"
+    arguments = [
+        *("train", str(base), str(rows), "-o", str(output), "--steps", "8", "--device", "cpu"),
+        *("--gradient-accumulation", "2", "--batch-size", "4"),
+    ]
+    assert main(arguments) == 143
+    _, err = capfd.readouterr()
+    words = " ".join(err.split())
+    assert "finishing the step and writing a checkpoint" in words
+    assert f"Stopped after step 3; its checkpoint is {output / 'checkpoint-3'}" in words
+    assert "--resume last" in words
+
+
+# -- in the middle of a batch ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "step"),
+    [(1, 0), (2 * ACCUMULATION + 1, 2), (2 * ACCUMULATION + 2, 2), (STEPS * ACCUMULATION, 7)],
+)
+def test_a_long_batch_is_given_up(
+    base: Path, rows: Path, whole: tuple[Path, TrainResult], tmp_path: Path, call: int, step: int
+) -> None:
+    """What it has drawn and counted is taken back: bit for bit the same, rules and all."""
+    made = config(base, rows, tmp_path / "out", save_steps=4)
+    path = made.output / f"checkpoint-{step}"
+    sending = Sent(call, until=path)
+    caught = sending.train(made, patience=0.0)
+    assert sending.calls == call  # no other batch
+    assert (caught.code, caught.result.steps) == (143, step)
+    assert caught.result.checkpoint == str(path)
+    assert checkpoints.defect(path) is None
+    ended = train(made, progress=False)
+    assert ended.tokens == whole[1].tokens
+    assert [p.loss for p in ended.losses] == [p.loss for p in whole[1].losses]
+    assert {d.partition(":")[0] for d in differences(whole[0], made.output)} <= {
+        "run_state.json.config.save_steps",
+        "trainer_state.json.save_steps",
+    }
+
+
+def test_the_first_batch_after_a_resume_is_given_up(
+    base: Path, rows: Path, whole: tuple[Path, TrainResult], tmp_path: Path
+) -> None:
+    """Its checkpoint is that which it came from, written anew."""
+    made = config(base, rows, tmp_path / "out")
+    path = made.output / "checkpoint-3"
+    Sent(3 * ACCUMULATION + 1, until=path).train(made, patience=0.0)
+    first = json.loads((path / checkpoints.MANIFEST).read_text())["files"]
+    # It is there already: what is awaited is another one in its place.
+    inode = path.stat().st_ino
+    sending = Sent(1, until=None)
+    again = _Replaced(path, inode)
+    sending.until = again  # type: ignore[assignment]
+    caught = sending.train(made, patience=0.0)
+    assert caught.result.checkpoint == str(path)
+    second = json.loads((path / checkpoints.MANIFEST).read_text())["files"]
+    same = {name for name in first if first[name] == second[name]}
+    assert same >= {n for n in first if n.endswith(".safetensors")} | {"trainer_state.json"}
+    train(made, progress=False)
+    assert differences(whole[0], made.output) == []
+
+
+class _Replaced:
+    def __init__(self, path: Path, inode: int) -> None:
+        self.path, self.inode = path, inode
+
+    def exists(self) -> bool:
+        """Whether another directory is there now, whole."""
+        return self.path.stat().st_ino != self.inode
+
+
+@pytest.mark.parametrize("which", ["first", "second", "last"])
+def test_a_long_evaluation_is_given_up(base: Path, rows: Path, tmp_path: Path, which: str) -> None:
+    """That after the last step, too: the resumed run evaluates, and saves the adapter."""
+    options: dict[str, Any] = {
+        "eval_split": 0.4,
+        "eval_batch_size": 4,
+        "eval_steps": 3,
+        "save_steps": 100,
+    }
+    unbroken = config(base, rows, tmp_path / "whole", **options)
+    watched = Watched()
+    watched.train(unbroken)
+    # Three evaluations, after steps 3, 6 and 8.
+    batches = (len(watched.batches) - STEPS * ACCUMULATION) // 3
+    assert batches > 1
+    call, step = {"first": (1, 3), "second": (2, 3), "last": (2 * batches + 1, 8)}[which]
+    made = config(base, rows, tmp_path / "out", **options)
+    path = made.output / f"checkpoint-{step}"
+    caught = Sent(call, until=path, evaluating=True).train(made, patience=0.0)
+    assert caught.result.checkpoint == str(path)
+    assert caught.result.adapter_path is None
+    ended = train(made, progress=False)
+    assert [e.step for e in ended.evaluations] == [3, 6, 8]
+    first, second = (ls.read_adapter(p) for p in (unbroken.output, made.output))
+    for module in first.modules:
+        for name, value in first.state(module).values.items():
+            assert torch.equal(value, second.state(module).values[name])
+
+
+@pytest.mark.parametrize("call", [1, 6, 11])
+def test_tasks_that_are_met_in_the_batch(base: Path, tmp_path: Path, call: int) -> None:
+    """Stress keeps which tasks there are, in whatever mode it is."""
+    rows = [{**row, "task": "long" if i % 3 == 0 else "short"} for i, row in enumerate(ROWS)]
+    data = write_rows(tmp_path / "tasks.jsonl", rows)
+    options: dict[str, Any] = {
+        "dynamics": ("gauge", "stress"),
+        "dynamics_options": {"stress": MULTI},
+        "save_steps": 100,
+    }
+    unbroken = config(base, data, tmp_path / "whole", **options)
+    Watched().train(unbroken)
+    made = config(base, data, tmp_path / "out", **options)
+    step = (call - 1) // ACCUMULATION
+    Sent(call, until=made.output / f"checkpoint-{step}").train(made, patience=0.0)
+    train(made, progress=False)
+    records = [json.loads((p / "stress.json").read_text()) for p in (unbroken.output, made.output)]
+    assert records[0] == records[1]
+    assert len({r["mode"] for r in records[0]}) > 1
+    for name in ("", "task-long", "task-short"):
+        paths = [p / name / "adapter_model.safetensors" for p in (unbroken.output, made.output)]
+        assert paths[0].exists() == paths[1].exists()
+        if paths[0].exists():
+            assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_what_cannot_be_written_then_is_written_after_the_step(
+    base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = config(base, rows, tmp_path / "out", save_steps=100)
+    tried = tmp_path / "tried"
+    publish = checkpoints.publish
+
+    def failing(partial: Path, target: Path) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            tried.touch()
+            raise OSError(28, "No space left on device")
+        publish(partial, target)
+
+    monkeypatch.setattr(checkpoints, "publish", failing)
+    caught = Sent(2 * ACCUMULATION + 1, until=tried).train(made, patience=0.0)
+    assert caught.result.checkpoint == str(made.output / "checkpoint-3")
+    assert sorted(p.name for p in made.output.iterdir()) == ["checkpoint-3", "training.json"]
+
+
+def test_signals_of_a_forked_process_are_not_the_run_s(
+    base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that is ended by SIGTERM has the run's handlers and its socket at first."""
+    ended: list[int] = []
+
+    def forking(*arguments: Any, **options: Any) -> LossOutput:
+        if not ended:
+            alive, tell = os.pipe()
+            child = os.fork()
+            if child == 0:
+                os.write(tell, b"x")
+                time.sleep(60)
+                os._exit(0)
+            os.read(alive, 1)
+            os.kill(child, signal.SIGTERM)
+            ended.append(os.waitpid(child, 0)[1])
+        return model_loss_output(*arguments, **options)
+
+    monkeypatch.setattr(trainer, "model_loss_output", forking)
+    result = train(config(base, rows, tmp_path / "out"), progress=False)
+    assert result.status == "finished"
+    assert os.WTERMSIG(ended[0]) == signal.SIGTERM
+
+
+# A batch inside one call of C that never returns, as a backward pass may for minutes.
+STUCK = """
+import ctypes, sys
+from pathlib import Path
+from lorasmith.cli import main
+from lorasmith.training import signals, trainer
+from lorasmith.training.loss import model_loss_output
+
+signals.GIVE_UP_AFTER, signals.LEAVE_AFTER = {patience}, {leave}
+calls = 0
+
+def stuck(*arguments, **options):
+    global calls
+    calls += 1
+    if calls == 3:
+        lock = ctypes.create_string_buffer(64)
+        acquire = ctypes.CDLL(None).pthread_mutex_lock
+        acquire(lock)
+        Path({there!r}).touch()
+        acquire(lock)
+    return model_loss_output(*arguments, **options)
+
+trainer.model_loss_output = stuck
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="its C library")
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_batch_that_never_ends(base: Path, rows: Path, tmp_path: Path, twice: bool) -> None:
+    """The command ends with 143 and a checkpoint; at once after a second signal."""
+    there, output = tmp_path / "there", tmp_path / "out"
+    times = {"patience": 60, "leave": 70} if twice else {"patience": 0.2, "leave": 1}
+    source = str(Path(ls.__file__).parents[1])
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-c", STUCK.format(there=str(there), **times), "train", str(base)),
+            *(str(rows), "-o", str(output), "--steps", "8", "--device", "cpu", "--json"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    try:
+        _wait_for(lambda: there.exists() or process.poll() is not None)
+        process.send_signal(signal.SIGTERM)
+        if twice:
+            time.sleep(0.5)
+            process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143, err
+    assert "finishing the step and writing a checkpoint" in err
+    if twice:
+        assert not checkpoints.list_checkpoints(output)
+        return
+    result = json.loads(out)
+    path = output / "checkpoint-2"
+    assert (result["status"], result["checkpoint"]) == ("interrupted", str(path))
+    assert checkpoints.defect(path) is None
+    assert json.loads((output / "training.json").read_text()) == result
+    assert f"its checkpoint is {path}" in " ".join(err.split())
