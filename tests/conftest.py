@@ -88,6 +88,22 @@ def zoo(shared: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny random model, with its tokenizer. For reading alone."""
+    from tests.training.tiny import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of rows to train it on. For reading alone."""
+    from tests.training.tiny import write_rows
+
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+
+
 @pytest.fixture
 def memory() -> Iterator[Any]:
     """An empty store in memory, at ``memory://``; skips without fsspec."""

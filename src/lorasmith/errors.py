@@ -27,6 +27,8 @@ __all__ = [
     "TrainingError",
     "UnknownNameError",
     "UnsupportedFeatureError",
+    "first_line",
+    "short",
 ]
 
 
@@ -148,3 +150,15 @@ class NonFiniteLossError(TrainingError):
 
 class MissingDependencyError(LorasmithError, ImportError):
     """An optional package is needed for what was asked."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception is and says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def short(value: object, limit: int = 120) -> str:
+    """A value as it is written in Python, cut to at most ``limit`` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -15,19 +15,9 @@ from cyclopts import App
 
 import lorasmith as ls
 from lorasmith.cli import main
-from tests.training.tiny import ROWS, save_tiny, write_rows
+from tests.training.tiny import ROWS
 
 CLI = "import sys; from lorasmith.cli import main; sys.exit(main())"
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="session")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
 
 @pytest.fixture(scope="session")

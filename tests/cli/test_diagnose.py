@@ -20,11 +20,6 @@ HEADS, KV, SIZE = 4, 2, 8  # of the tiny Llama
 PLANTED = 4.0  # degrees
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
-
-
 def turned(block: torch.Tensor, degrees: float) -> torch.Tensor:
     """The block turned by an angle, as a vector, without a change of its norm."""
     wide = block.double()

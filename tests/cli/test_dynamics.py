@@ -9,14 +9,9 @@ from typing import Any
 import pytest
 
 from lorasmith.cli import main
-from tests.training.tiny import ROWS, save_tiny, write_rows
+from tests.training.tiny import ROWS, write_rows
 
 TASKS = [{**row, "task": "odd" if i % 2 else "even"} for i, row in enumerate(ROWS)]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,8 @@ from typing import Any
 import pytest
 
 import lorasmith as ls
-from tests.training.tiny import save_tiny
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
 
 
 def _main(name: str) -> Any:

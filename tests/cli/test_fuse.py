@@ -11,12 +11,6 @@ import torch
 import lorasmith as ls
 from lorasmith.training.models import load_model
 from tests.models import randomise
-from tests.training.tiny import save_tiny
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,7 @@ from lorasmith.cli import main
 from lorasmith.training.data import load_rows
 from lorasmith.training.evaluate import evaluate
 from lorasmith.training.models import load_model
-from tests.training.tiny import save_tiny, write_rows
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
+from tests.training.tiny import write_rows
 
 
 @pytest.fixture(scope="module")

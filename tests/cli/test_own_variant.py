@@ -17,20 +17,9 @@ import lorasmith as ls
 from lorasmith.cli import main, plugins
 from lorasmith.core import registry
 from lorasmith.errors import ConfigError
-from tests.training.tiny import save_tiny, write_rows
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "own_variant"
 FILE = FOLDER / "my_variant.py"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
 
 @pytest.fixture(autouse=True)

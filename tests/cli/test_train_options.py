@@ -13,17 +13,7 @@ from lorasmith.cli import main
 from lorasmith.errors import ConfigError
 from lorasmith.training import models, trainer
 from lorasmith.training.config import Quantization, TrainConfig
-from tests.training.tiny import ROWS, save_tiny, write_rows
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+from tests.training.tiny import ROWS, write_rows
 
 
 @pytest.fixture

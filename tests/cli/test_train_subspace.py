@@ -17,17 +17,6 @@ from lorasmith.fleet.subspace import SharedSubspace
 from lorasmith.training import models
 from lorasmith.training.config import TrainConfig
 from tests.models import randomise
-from tests.training.tiny import save_tiny, write_rows
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
 
 @pytest.fixture

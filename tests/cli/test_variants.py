@@ -18,12 +18,6 @@ from lorasmith.core.variant import BaseLayer
 from lorasmith.io.tensors import FileTensors
 from tests.contract.configurations import CONFIGURATIONS
 from tests.models import llama, mlp, randomise
-from tests.training.tiny import save_tiny
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import lorasmith as ls
 from lorasmith.cli.app import main
 from lorasmith.errors import AdapterFileError, ConfigError
 from lorasmith.io import hub as hub_module
-from lorasmith.io import push as push_module
+from lorasmith.io import store as store_module
 from tests.fleet.fleets import adapter
 
 NAMES = {"adapter_config.json", "adapter_model.safetensors", "lorasmith.json", "README.md"}
@@ -200,9 +200,9 @@ def check_at_every_moment(
             outcomes.append(found == new)
             # Nothing is in the way of whoever tries again.
             state.update(count=-1000)
-            patched.setattr(push_module, "_STALE", timedelta(seconds=-1))
+            patched.setattr(store_module, "_STALE", timedelta(seconds=-1))
             ls.push(source, "memory://a", overwrite=True)
-            patched.setattr(push_module, "_STALE", timedelta(days=1))
+            patched.setattr(store_module, "_STALE", timedelta(days=1))
             assert content("memory://a") == new
             assert not any("/.lorasmith/" in path for path in memory.store)
         else:

@@ -38,6 +38,7 @@ from lorasmith.errors import LorasmithError
 from tests.io import support
 from tests.reliability import corpus, corpus_models
 from tests.reliability.corpus import Hostile
+from tests.reliability.memory import peak
 from tests.training import tiny
 
 #: Events of processes, of code from data, and of connections.
@@ -136,21 +137,6 @@ def everything(weights: Any) -> None:
     for key in weights.extras:
         weights.extras[key]
     dict(weights.factors)
-
-
-def peak() -> tuple[Callable[[], int], bool]:
-    """Sets the peak of resident memory back; the result gives its rise in bytes."""
-
-    def status(name: str) -> int:
-        text = Path("/proc/self/status").read_text()
-        return int(text.split(f"{name}:")[1].split()[0]) * 1024
-
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status("VmRSS")
-    except (OSError, IndexError):
-        return (lambda: 0), False
-    return (lambda: max(0, status("VmHWM") - before)), True
 
 
 def state_of(model: torch.nn.Module) -> str:

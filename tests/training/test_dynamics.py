@@ -24,7 +24,7 @@ from lorasmith.training.data import load_rows
 from lorasmith.training.evaluate import evaluate
 from lorasmith.training.models import load_model
 from lorasmith.training.trainer import TrainResult, train
-from tests.training.tiny import ROWS, make_tokenizer, save_tiny, write_rows
+from tests.training.tiny import ROWS, make_config, make_tokenizer, write_rows
 
 TASKS = [{**row, "task": "long" if i % 2 == 0 else "short"} for i, row in enumerate(ROWS)]
 
@@ -39,11 +39,6 @@ MULTI: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", TASKS)
 
@@ -54,15 +49,7 @@ Run = Callable[..., TrainResult]
 @pytest.fixture
 def config(base: Path, rows: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
     def make(output: str = "out", **changes: Any) -> TrainConfig:
-        given: dict[str, Any] = {
-            "adapter": AdapterOptions(r=4),
-            "batch_size": 4,
-            "steps": 8,
-            "lr": 1e-2,
-            "log_steps": 1,
-            "device": "cpu",
-        }
-        return TrainConfig(str(base), str(rows), output=tmp_path / output, **{**given, **changes})
+        return make_config(base, rows, tmp_path / output, **{"steps": 8, **changes})
 
     return make
 

@@ -25,11 +25,6 @@ from tests.training.tiny import ROWS, make_model, make_tokenizer, save_tiny, wri
 LIMIT = 2.0
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def warm(base: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Loads the libraries, so that what is measured is the check."""

@@ -15,16 +15,11 @@ import torch
 
 from lorasmith.errors import NonFiniteLossError
 from lorasmith.training import checkpoints, trainer
-from lorasmith.training.config import AdapterOptions, TrainConfig
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.loss import LossOutput, model_loss_output
 from lorasmith.training.states import TREE
 from lorasmith.training.trainer import train
-from tests.training.tiny import save_tiny, write_rows
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
+from tests.training.tiny import make_config
 
 
 @pytest.fixture
@@ -41,21 +36,10 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
     return found
 
 
-def _config(base: Path, folder: Path, **changes: Any) -> TrainConfig:
-    settings: dict[str, Any] = {
-        "output": folder / "out",
-        "adapter": AdapterOptions(r=4),
-        "steps": 6,
-        "batch_size": 4,
-        "lr": 1e-2,
-        "warmup": 0.0,
-        "schedule": "constant",
-        "log_steps": 1,
-        "save_steps": 2,
-        "device": "cpu",
-    }
-    rows = write_rows(folder / "rows.jsonl")
-    return TrainConfig(str(base), str(rows), **{**settings, **changes})
+def _config(base: Path, rows: Path, output: Path, **changes: Any) -> TrainConfig:
+    """At a constant rate, and with checkpoints."""
+    settings: dict[str, Any] = {"warmup": 0.0, "schedule": "constant", "save_steps": 2}
+    return make_config(base, rows, output, **{**settings, **changes})
 
 
 def numbers_on_disk(folder: Path) -> int:
@@ -121,6 +105,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch, call: int, what: str) -> None:
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_noticed_in_the_step_itself(
     base: Path,
+    rows: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     logged: list[dict[str, float]],
@@ -128,7 +113,7 @@ def test_noticed_in_the_step_itself(
     accumulation: int,
 ) -> None:
     _poison(monkeypatch, 4 * accumulation, what)  # the last batch of step 4
-    made = _config(base, tmp_path, gradient_accumulation=accumulation)
+    made = _config(base, rows, tmp_path / "out", gradient_accumulation=accumulation)
     with pytest.raises(NonFiniteLossError, match="not finite at step 4") as caught:
         train(made, progress=False)
     assert "learning rate" in str(caught.value.fix)
@@ -143,11 +128,11 @@ def test_noticed_in_the_step_itself(
 
 
 def test_a_learning_rate_that_blows_up(
-    base: Path, tmp_path: Path, logged: list[dict[str, float]]
+    base: Path, rows: Path, tmp_path: Path, logged: list[dict[str, float]]
 ) -> None:
     """Nothing is poisoned: one step takes the adapter so far that the next loss is not finite."""
     with pytest.raises(NonFiniteLossError, match="at step 2"):
-        train(_config(base, tmp_path, lr=1e30, save_steps=1), progress=False)
+        train(_config(base, rows, tmp_path / "out", lr=1e30, save_steps=1), progress=False)
     assert len([entry for entry in logged if "loss" in entry]) == 1
     assert numbers_on_disk(tmp_path / "out") > 0
 
@@ -156,6 +141,7 @@ def test_a_learning_rate_that_blows_up(
 @pytest.mark.parametrize(("steps", "save_steps"), [(6, 2), (4, None)])
 def test_what_is_not_finite_is_not_written(
     base: Path,
+    rows: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     where: str,
@@ -175,7 +161,10 @@ def test_what_is_not_finite_is_not_written(
 
     monkeypatch.setattr(trainer._Watch, "on_step_end", spoil)
     with pytest.raises(NonFiniteLossError, match="not finite after step 4") as caught:
-        train(_config(base, tmp_path, steps=steps, save_steps=save_steps), progress=False)
+        train(
+            _config(base, rows, tmp_path / "out", steps=steps, save_steps=save_steps),
+            progress=False,
+        )
     assert caught.value.key == where
     output = tmp_path / "out"
     found = checkpoints.list_checkpoints(output)
@@ -187,7 +176,11 @@ def test_what_is_not_finite_is_not_written(
 
 
 def test_an_evaluation_that_is_not_finite_is_said(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    base: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The weights are finite, so that training goes on; the record has no number then, not 0."""
     calls = {"n": 0}
@@ -201,7 +194,9 @@ def test_an_evaluation_that_is_not_finite_is_said(
     monkeypatch.setattr(trainer, "model_loss_output", poisoned)
     with caplog.at_level(logging.WARNING, "lorasmith"):
         result = train(
-            _config(base, tmp_path, steps=2, save_steps=1, eval_split=0.2, eval_steps=1),
+            _config(
+                base, rows, tmp_path / "out", steps=2, save_steps=1, eval_split=0.2, eval_steps=1
+            ),
             progress=False,
         )
     assert "evaluation loss is not finite at step 1: inf" in caplog.text
@@ -214,7 +209,7 @@ def test_an_evaluation_that_is_not_finite_is_said(
     shutil.rmtree(tmp_path / "out" / "checkpoint-2")
     again = train(
         _config(
-            *(base, tmp_path),
+            *(base, rows, tmp_path / "out"),
             steps=2,
             save_steps=1,
             eval_split=0.2,

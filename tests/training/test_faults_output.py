@@ -13,21 +13,16 @@ import pytest
 
 from lorasmith.errors import ConfigError, TrainingError
 from lorasmith.training import outputs, trainer
-from lorasmith.training.config import AdapterOptions, TrainConfig
+from lorasmith.training.config import AdapterOptions
 from lorasmith.training.outputs import bytes_needed, check_space, check_writable
 from lorasmith.training.trainer import train
-from tests.training.tiny import save_tiny, write_rows
+from tests.training.tiny import make_config
 
 
 class Usage(NamedTuple):
     total: int
     used: int
     free: int
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture
@@ -39,18 +34,6 @@ def nobody() -> Iterator[None]:
     yield
     if root:
         os.seteuid(0)
-
-
-def _config(base: Path, folder: Path, **changes: Any) -> TrainConfig:
-    settings: dict[str, Any] = {
-        "output": folder / "out",
-        "adapter": AdapterOptions(r=4),
-        "steps": 4,
-        "batch_size": 4,
-        "device": "cpu",
-    }
-    rows = write_rows(folder / "rows.jsonl")
-    return TrainConfig(str(base), str(rows), **{**settings, **changes})
 
 
 def _open_to_all(path: Path) -> None:
@@ -84,7 +67,7 @@ def test_a_directory_without_permission(
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO])
 @pytest.mark.parametrize("call", ["write", "fsync"])
 def test_a_disk_that_does_not_take_it(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str
+    base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str
 ) -> None:
     """Before the model is loaded; nothing stays behind."""
 
@@ -94,7 +77,7 @@ def test_a_disk_that_does_not_take_it(
     monkeypatch.setattr(outputs.os, call, refuse)
     monkeypatch.setattr(trainer, "load_model", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(ConfigError, match="cannot be written") as caught:
-        train(_config(base, tmp_path), progress=False)
+        train(make_config(base, rows, tmp_path / "out"), progress=False)
     full = number in (errno.ENOSPC, errno.EDQUOT)
     assert ("no room" in caught.value.what) == full
     assert os.strerror(number) in str(caught.value.got)
@@ -102,9 +85,9 @@ def test_a_disk_that_does_not_take_it(
 
 
 def test_what_was_there_stays_when_it_cannot_be_replaced(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = _config(base, tmp_path, save_steps=2)
+    config = make_config(base, rows, tmp_path / "out", save_steps=2)
     train(config, progress=False)
     output = tmp_path / "out"
     before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
@@ -115,7 +98,7 @@ def test_what_was_there_stays_when_it_cannot_be_replaced(
     with monkeypatch.context() as patch:
         patch.setattr(outputs.os, "write", refuse)
         with pytest.raises(ConfigError):
-            train(_config(base, tmp_path, overwrite=True), progress=False)
+            train(make_config(base, rows, tmp_path / "out", overwrite=True), progress=False)
     assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
 
 
@@ -127,21 +110,23 @@ def test_a_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_too_little_room_shows_before_training(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer._AdapterTrainer, "run", lambda *_: pytest.fail("it trained"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1 << 30, 1 << 30, 1 << 20))
     with pytest.raises(TrainingError, match="too little room") as caught:
-        train(_config(base, tmp_path, save_steps=1), progress=False)
+        train(make_config(base, rows, tmp_path / "out", save_steps=1), progress=False)
     assert caught.value.got == "1 MiB free"
     assert caught.value.key == "output"
     assert not (tmp_path / "out").exists()
 
 
-def test_the_estimate_holds_what_a_run_writes(base: Path, tmp_path: Path) -> None:
+def test_the_estimate_holds_what_a_run_writes(base: Path, rows: Path, tmp_path: Path) -> None:
     """All that is on disk at the end, and one checkpoint more, while it is written."""
     adapter = AdapterOptions(r=256)  # so that tensors outweigh the rest
-    config = _config(base, tmp_path, adapter=adapter, save_steps=1, save_total_limit=2)
+    config = make_config(
+        base, rows, tmp_path / "out", adapter=adapter, steps=4, save_steps=1, save_total_limit=2
+    )
     result = train(config, progress=False)
     written = sum(p.stat().st_size for p in (tmp_path / "out").rglob("*") if p.is_file())
     one = sum(p.stat().st_size for p in (tmp_path / "out" / "checkpoint-4").iterdir())

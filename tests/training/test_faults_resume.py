@@ -24,16 +24,6 @@ from tests.training.tiny import ROWS, make_model, make_tokenizer, save_tiny, wri
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
-
-
-@pytest.fixture(scope="module")
 def whole(
     base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[str]]:

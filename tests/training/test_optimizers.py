@@ -13,10 +13,10 @@ import torch
 import lorasmith as ls
 from lorasmith.errors import ConfigError
 from lorasmith.training import trainer
-from lorasmith.training.config import AdapterOptions, TrainConfig
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.states import load_state
 from tests.models import llama, mlp
-from tests.training.tiny import save_tiny, write_rows
+from tests.training.tiny import make_config
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -157,28 +157,9 @@ def test_a_ratio_needs_something_to_train_faster() -> None:
 # -- training ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
-
-
 def _config(base: Path, rows: Path, output: Path, **changes: Any) -> TrainConfig:
-    settings: dict[str, Any] = {
-        "adapter": AdapterOptions(r=4),
-        "batch_size": 4,
-        "steps": 6,
-        "lr": 1e-3,
-        "weight_decay": 0.1,
-        "lora_plus_ratio": 16.0,
-        "log_steps": 1,
-        "device": "cpu",
-    }
-    return TrainConfig(str(base), str(rows), output=output, **{**settings, **changes})
+    settings = {"lr": 1e-3, "weight_decay": 0.1, "lora_plus_ratio": 16.0}
+    return make_config(base, rows, output, **{**settings, **changes})
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -18,12 +18,12 @@ import torch
 
 import lorasmith as ls
 from lorasmith.cli import main
-from lorasmith.training import checkpoints, signals, trainer
+from lorasmith.training import checkpoints, parts, signals, trainer
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.loss import LossOutput, model_loss_output
 from lorasmith.training.trainer import TrainingInterrupted, TrainResult, train
 from tests.training.killing import ACCUMULATION, STEPS, Watched, config, differences
-from tests.training.tiny import ROWS, save_tiny, write_rows
+from tests.training.tiny import ROWS, write_rows
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="no such signals")
 
@@ -36,16 +36,6 @@ MULTI = {
     "cooldown": 2,
     "every": 1,
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +299,7 @@ def test_signals_of_a_forked_process_are_not_the_run_s(
 
 # A batch inside one call of C that never returns, as a backward pass may for minutes.
 STUCK = """
-import ctypes, sys
+import ctypes, os, sys
 from pathlib import Path
 from lorasmith.cli import main
 from lorasmith.training import signals, trainer
@@ -321,11 +311,11 @@ calls = 0
 def stuck(*arguments, **options):
     global calls
     calls += 1
-    if calls == 3:
+    if calls == {call}:
         lock = ctypes.create_string_buffer(64)
         acquire = ctypes.CDLL(None).pthread_mutex_lock
         acquire(lock)
-        Path({there!r}).touch()
+        Path({there!r} + os.environ.get("RANK", "0")).touch()
         acquire(lock)
     return model_loss_output(*arguments, **options)
 
@@ -334,33 +324,57 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="its C library")
-@pytest.mark.parametrize("twice", [False, True])
-def test_a_batch_that_never_ends(base: Path, rows: Path, tmp_path: Path, twice: bool) -> None:
-    """The command ends with 143 and a checkpoint; at once after a second signal."""
-    there, output = tmp_path / "there", tmp_path / "out"
-    times = {"patience": 60, "leave": 70} if twice else {"patience": 0.2, "leave": 1}
+def _stuck(folder: Path, call: int, patience: float, leave: float) -> Path:
+    """The command, with one batch that never ends."""
+    script = folder / "stuck.py"
+    values = {"there": str(folder / "there-"), "call": call, "patience": patience, "leave": leave}
+    script.write_text(STUCK.format(**values))
+    return script
+
+
+def _environment() -> dict[str, str]:
     source = str(Path(ls.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def _stop(
+    command: list[str], there: list[Path], again: float | None = None
+) -> tuple[int, str, str]:
+    """Runs a command, and sends SIGTERM when all of these are there; once more if asked to."""
     process = subprocess.Popen(
-        [
-            *(sys.executable, "-c", STUCK.format(there=str(there), **times), "train", str(base)),
-            *(str(rows), "-o", str(output), "--steps", "8", "--device", "cpu", "--json"),
-        ],
+        [sys.executable, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env=_environment(),
     )
     try:
-        _wait_for(lambda: there.exists() or process.poll() is not None)
+        _wait_for(lambda: all(p.exists() for p in there) or process.poll() is not None)
         process.send_signal(signal.SIGTERM)
-        if twice:
-            time.sleep(0.5)
+        if again is not None:
+            process.send_signal(signal.SIGTERM)  # the same one, of another sender
+            time.sleep(again)
+            assert process.poll() is None
             process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 143, err
+    return process.returncode, out, err
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="its C library")
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_batch_that_never_ends(base: Path, rows: Path, tmp_path: Path, twice: bool) -> None:
+    """The command ends with 143 and a checkpoint; at once after a second signal."""
+    output = tmp_path / "out"
+    script = _stuck(
+        tmp_path, 3, **({"patience": 60, "leave": 70} if twice else {"patience": 0.2, "leave": 1})
+    )
+    options = ("train", str(base), str(rows), "-o", str(output), "--steps", "8", "--device", "cpu")
+    code, out, err = _stop(
+        [str(script), *options, "--json"], [tmp_path / "there-0"], 1.5 if twice else None
+    )
+    assert code == 143, err
     assert "finishing the step and writing a checkpoint" in err
     if twice:
         assert not checkpoints.list_checkpoints(output)
@@ -371,3 +385,95 @@ def test_a_batch_that_never_ends(base: Path, rows: Path, tmp_path: Path, twice: 
     assert checkpoints.defect(path) is None
     assert json.loads((output / "training.json").read_text()) == result
     assert f"its checkpoint is {path}" in " ".join(err.split())
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="its C library")
+def test_two_processes_give_a_step_up_together(base: Path, rows: Path, tmp_path: Path) -> None:
+    """In the second of three batches; bit for bit the same after a resume."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = _stuck(tmp_path, 2 * 3 + 2, patience=0.2, leave=1)
+    options = [
+        *("train", str(base), str(rows), "--steps", "4", "--lr", "1e-2", "--device", "cpu"),
+        *("--batch-size", "2", "--gradient-accumulation", "3", "--adapter.dropout", "0.2"),
+        *("--dynamics", "gauge,entropy", "--log-steps", "1", "--save-steps", "100", "--json"),
+    ]
+    code, out, err = _stop(
+        [*launch, str(script), *options, "-o", str(tmp_path / "out")],
+        [tmp_path / "there-0", tmp_path / "there-1"],
+    )
+    assert code != 0
+    path = tmp_path / "out" / "checkpoint-2"
+    assert checkpoints.defect(path, processes=2) is None, err
+    result = json.loads(out)
+    assert (result["status"], result["checkpoint"]) == ("interrupted", str(path))
+    assert sorted(p.name for p in path.parent.iterdir()) == ["checkpoint-2", "training.json"]
+    results = []
+    for name, more in (("whole", []), ("out", ["--resume", "last"])):
+        done = subprocess.run(
+            [
+                *(sys.executable, *launch, "-m", "lorasmith.cli", *options),
+                *("-o", str(tmp_path / name), *more),
+            ],
+            capture_output=True,
+            text=True,
+            env=_environment(),
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout))
+    assert result["tokens"] < results[0]["tokens"] == results[1]["tokens"]
+    losses = [[p["loss"] for p in r["losses"]] for r in results]
+    assert losses[0] == losses[1]
+    first, second = (ls.read_adapter(tmp_path / name) for name in ("whole", "out"))
+    for module in first.modules:
+        for name, value in first.state(module).values.items():
+            assert torch.equal(value, second.state(module).values[name])
+
+
+# -- parts of a checkpoint ---------------------------------------------------------------------
+
+
+def test_parts_are_taken_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each process knows is handed over; those at another step, or too late, go on."""
+    monkeypatch.setattr(parts, "COLLECT_WITHIN", 1.0)
+    monkeypatch.setattr(parts, "TAKEN_WITHIN", 2.0)
+    sealed = {"adapter_model.safetensors": b"x"}
+
+    def publish() -> None:
+        partial = checkpoints.partial_path(tmp_path, 7)
+        partial.mkdir()
+        for name, content in sealed.items():
+            (partial / name).write_bytes(content)
+        checkpoints.publish(partial, tmp_path / "checkpoint-7")
+
+    def hand_in(found: list[bool], step: int, index: int) -> threading.Thread:
+        def work() -> None:
+            found.append(parts.hand_in(tmp_path, step, index, {"tokens": index}))
+
+        made = threading.Thread(target=work)
+        made.start()
+        return made
+
+    for round_ in range(2):  # the second replaces a checkpoint of the same step
+        taken: list[bool] = []
+        threads = [hand_in(taken, 7, index) for index in (2, 1)]
+        assert [p["tokens"] for p in parts.collect(tmp_path, 7, 3)] == [1, 2]
+        publish()
+        parts.dismiss(tmp_path, 7, 3)
+        for thread in threads:
+            thread.join()
+        assert taken == [True, True], round_
+    refused: list[bool] = []
+    threads = [hand_in(refused, 7, 1), hand_in(refused, 8, 2)]
+    with pytest.raises(TimeoutError, match=r"step 7 from processes \[2\]"):
+        parts.collect(tmp_path, 7, 3)
+    parts.dismiss(tmp_path, 7, 3)
+    threads[0].join()
+    assert refused == [False]
+    monkeypatch.setattr(parts, "TAKEN_WITHIN", 0.0)
+    threads[1].join()
+    assert refused == [False, False]
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-7"]

@@ -30,14 +30,9 @@ from lorasmith.training.data import (
 from lorasmith.training.evaluate import evaluate
 from lorasmith.training.models import load_model
 from lorasmith.training.trainer import _RowOrder, epoch_rows, train
-from tests.training.tiny import ROWS, make_tokenizer, save_tiny, write_rows
+from tests.training.tiny import ROWS, make_config, make_tokenizer, write_rows
 
 TASKS = [{**row, "task": "long" if i % 3 == 0 else "short"} for i, row in enumerate(ROWS)]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +41,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(base: Path, data: Any, output: Path, **changes: Any) -> Any:
-    given: dict[str, Any] = {
-        "adapter": AdapterOptions(r=4),
-        "batch_size": 4,
-        "steps": 6,
-        "lr": 1e-2,
-        "log_steps": 1,
-        "device": "cpu",
-    }
-    return train(
-        TrainConfig(str(base), str(data), output=output, **{**given, **changes}), progress=False
-    )
+    return train(make_config(base, data, output, **changes), progress=False)
 
 
 # -- sources -----------------------------------------------------------------------------------

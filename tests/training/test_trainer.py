@@ -32,17 +32,7 @@ from lorasmith.training.config import AdapterOptions, TrainConfig
 from lorasmith.training.data import load_rows, tokenise
 from lorasmith.training.models import load_model
 from lorasmith.training.trainer import TrainResult, train
-from tests.training.tiny import ROWS, save_tiny, write_rows
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="session")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+from tests.training.tiny import ROWS, make_config, write_rows
 
 
 class Run:
@@ -52,16 +42,7 @@ class Run:
         self.base, self.rows, self.folder = base, rows, folder
 
     def config(self, output: str = "out", **changes: Any) -> TrainConfig:
-        settings: dict[str, Any] = {
-            "output": self.folder / output,
-            "adapter": AdapterOptions(r=4),
-            "batch_size": 4,
-            "steps": 6,
-            "lr": 1e-2,
-            "log_steps": 1,
-            "device": "cpu",
-        }
-        return TrainConfig(str(self.base), str(self.rows), **{**settings, **changes})
+        return make_config(self.base, self.rows, self.folder / output, **changes)
 
     def __call__(self, output: str = "out", **changes: Any) -> TrainResult:
         return train(self.config(output, **changes), progress=False)

@@ -1,4 +1,7 @@
-"""A tiny random Llama with a tokenizer and a chat template, as a directory and in memory."""
+"""A tiny random Llama with a tokenizer and a chat template, rows for it, and a short run.
+
+As directories and files they are the fixtures ``base`` and ``rows``, which all tests share.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,18 @@ from typing import Any
 
 import torch
 
-__all__ = ["ROWS", "SYSTEM", "TEMPLATE", "make_model", "make_tokenizer", "save_tiny", "write_rows"]
+from lorasmith.training.config import AdapterOptions, TrainConfig
+
+__all__ = [
+    "ROWS",
+    "SYSTEM",
+    "TEMPLATE",
+    "make_config",
+    "make_model",
+    "make_tokenizer",
+    "save_tiny",
+    "write_rows",
+]
 
 SYSTEM = "You are a helpful assistant."
 TEMPLATE = (
@@ -83,3 +97,17 @@ def write_rows(path: Path, rows: list[dict[str, str]] | None = None) -> Path:
     text = "".join(json.dumps(row) + "\n" for row in (ROWS if rows is None else rows))
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def make_config(base: Path, rows: Path | str, output: Path, **changes: Any) -> TrainConfig:
+    """One epoch of LoRA on the tiny model, quick to learn, with every step logged."""
+    settings: dict[str, Any] = {
+        "output": output,
+        "adapter": AdapterOptions(r=4),
+        "batch_size": 4,
+        "steps": 6,
+        "lr": 1e-2,
+        "log_steps": 1,
+        "device": "cpu",
+    }
+    return TrainConfig(str(base), str(rows), **{**settings, **changes})

@@ -60,13 +60,16 @@ def evaluate(
         Show so many of the completions.
     """
     with session(common):
-        from lorasmith.training.data import choose_task_column
+        from lorasmith.training.data import choose_task_column, examples_of
         from lorasmith.training.evaluate import evaluate as measure
         from lorasmith.training.progress import bar
+        from lorasmith.training.rows import read_from
 
         rows = load_eval_rows(data, split, limit)
+        with read_from(data):  # what is wrong with the first row shows before the model is loaded
+            examples_of(rows[0])
         base, tokenizer = base_model.load(model)
-        with bar(stderr(), shown=not common.quiet) as progress:
+        with bar(stderr(), shown=not common.quiet) as progress, read_from(data):
             report = measure(
                 base,
                 tokenizer,

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar, get_args
+from typing import Any, BinaryIO, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lorasmith.errors import ConfigError
 
@@ -105,7 +105,7 @@ class UnitRotation:
     @property
     def novel(self) -> float:
         """ν = ‖N‖ / ‖W‖ of W' = κ W + N with N ⊥ W: what is there beside W."""
-        return math.sqrt(max(0.0, self.relative_change**2 - (self.kept - 1.0) ** 2))
+        return math.sqrt(max(0.0, _square(self.relative_change) - _square(self.kept - 1.0)))
 
     @property
     def label(self) -> str:
@@ -392,20 +392,16 @@ class RotationReport:
                 key="format",
             )
         try:
-            retention = values.get("retention")
-            return _record(
-                cls,
-                {
-                    **values,
-                    "units": tuple(_record(UnitRotation, u) for u in values["units"]),
-                    "spectra": tuple(_record(LayerSpectrum, s) for s in values["spectra"]),
-                    "diversity": tuple(_record(HeadDiversity, d) for d in values["diversity"]),
-                    "skipped": tuple(_record(Skipped, s) for s in values["skipped"]),
-                    "retention": None if retention is None else _record(Retention, retention),
-                },
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"The diagnosis is malformed: {error!r}.") from error
+            made: RotationReport = _read(values, cls, "")
+        except _MalformedError as error:
+            raise ConfigError(
+                "The diagnosis is malformed.",
+                key=error.key or None,
+                expected=error.expected,
+                got=error.got,
+                fix="diagnose again, and save it as .json",
+            ) from error
+        return made
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes it in the form that the suffix asks for.
@@ -495,15 +491,31 @@ class RotationReport:
         file = Path(path)
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, ValueError) as error:
+        except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
             raise ConfigError(
                 f"The diagnosis cannot be read: {error}.",
                 expected="a file that RotationReport.save wrote as .json",
+                got=type(error).__name__,
                 file=file,
             ) from error
         if not isinstance(values, dict):
-            raise ConfigError("The file is not a diagnosis.", expected="a JSON object", file=file)
-        return cls.from_dict(values)
+            raise ConfigError(
+                "The file is not a diagnosis.",
+                expected="a JSON object",
+                got=type(values).__name__,
+                file=file,
+            )
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(
+                error.what,
+                expected=error.expected,
+                got=error.got,
+                fix=error.fix,
+                key=error.key,
+                file=file,
+            ) from error
 
     # -- in words ----------------------------------------------------------------------
 
@@ -540,8 +552,12 @@ class RotationReport:
 #: Of the dictionary; raised when what it means changes. 2: ``skipped`` is a list of records.
 FORMAT = 2
 _K = TypeVar("_K")
-_R = TypeVar("_R")
 _UNIT_FIELDS = tuple(f.name for f in dataclasses.fields(UnitRotation))
+
+
+def _square(value: float) -> float:
+    """x²; infinite where ``**`` would raise."""
+    return value * value
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -550,7 +566,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def _energy(unit: UnitRotation) -> float:
     """‖ΔW‖² of a unit; 0 where ‖W‖ is not known."""
-    found = (unit.weight_norm * unit.relative_change) ** 2
+    found = _square(unit.weight_norm * unit.relative_change)
     return found if math.isfinite(found) else 0.0
 
 
@@ -558,14 +574,14 @@ def _aggregate(units: Sequence[UnitRotation], energy: float) -> Aggregate:
     """Sums of ‖W‖², ⟨W, ΔW⟩ and ‖ΔW‖² over the units give the angle of all together."""
     squared = inner = delta = 0.0
     for unit in units:
-        n2 = unit.weight_norm**2
+        n2 = _square(unit.weight_norm)
         if math.isfinite(n2 * unit.relative_change):
             squared += n2
             inner += n2 * (unit.kept - 1.0)
-            delta += n2 * unit.relative_change**2
+            delta += n2 * _square(unit.relative_change)
     nan = math.nan
     norm = math.sqrt(squared)
-    perp = math.sqrt(max(0.0, delta - (inner / norm) ** 2)) if norm else nan
+    perp = math.sqrt(max(0.0, delta - _square(inner / norm))) if norm else nan
     return Aggregate(
         len(units),
         sum(u.parameters for u in units),
@@ -589,18 +605,50 @@ def jsonable(value: Any) -> Any:
     return value
 
 
-def _record(kind: type[_R], values: Mapping[str, Any]) -> _R:
-    """A record of what JSON held: lists become tuples again, ``null`` for a number NaN."""
-    given = {}
-    for one in dataclasses.fields(kind):  # type: ignore[arg-type]
-        if one.name not in values:
-            continue
-        value = values[one.name]
-        if value is None and one.type == "float":
-            value = math.nan
-        given[one.name] = _tuples(value)
+class _MalformedError(Exception):
+    """A value of a diagnosis is not what it must be."""
+
+    def __init__(self, key: str, expected: str, got: object) -> None:
+        super().__init__(key)
+        self.key, self.expected, self.got = key, expected, repr(got)[:200]
+
+
+def _read(value: Any, hint: Any, key: str) -> Any:
+    """What JSON held as the type of a field: lists become tuples, ``null`` for a number NaN."""
+    if dataclasses.is_dataclass(hint):
+        return _record(hint, value, key)
+    kind, inner = get_origin(hint), get_args(hint)
+    if type(None) in inner:
+        return None if value is None else _read(value, inner[0], key)
+    if hint is float:
+        if value is None:
+            return math.nan
+        # A larger whole number is no float.
+        if type(value) is float or (type(value) is int and abs(value) < 2**1000):
+            return float(value)
+    elif kind is tuple and isinstance(value, list | tuple):
+        return tuple(_read(v, inner[0], f"{key}.{i}") for i, v in enumerate(value))
+    elif kind is Literal and isinstance(value, str) and value in inner:
+        return value
+    elif kind is Mapping and isinstance(value, Mapping):
+        return {str(k): _read(v, inner[1], f"{key}.{k}") for k, v in value.items()}
+    elif hint in (int, str) and type(value) is hint:
+        return value
+    raise _MalformedError(key, _TYPES.get(hint, str(hint).rpartition(".")[2]), value)
+
+
+_TYPES = {float: "a number or null", int: "a whole number", str: "a text"}
+
+
+def _record(kind: Any, values: Any, key: str) -> Any:
+    """A record; fields that it does not know are left out."""
+    if not isinstance(values, Mapping):
+        raise _MalformedError(key, "an object", values)
+    hints, given = get_type_hints(kind), {}
+    for one in dataclasses.fields(kind):
+        inside = f"{key}.{one.name}".lstrip(".")
+        if one.name in values:
+            given[one.name] = _read(values[one.name], hints[one.name], inside)
+        elif one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
+            raise _MalformedError(inside, "a value", None)
     return kind(**given)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

@@ -33,6 +33,7 @@ from lorasmith.io.base_weights import (
 )
 from lorasmith.io.models import (
     ResolvedModel,
+    check_counts,
     explained,
     quiet,
     remote_code,
@@ -40,7 +41,7 @@ from lorasmith.io.models import (
     snapshot,
     transformers_module,
 )
-from lorasmith.io.strict import parse_object
+from lorasmith.io.strict import read_object
 
 __all__ = ["Base", "open_base"]
 
@@ -130,7 +131,8 @@ def open_base(given: str | os.PathLike[str], revision: str | None, dequantize: b
     if resolved.gguf_file is not None:
         return _open_gguf(resolved, label)
     folder = snapshot(resolved, also=_FETCH)
-    config = parse_object((folder / "config.json").read_bytes(), folder / "config.json")
+    config = read_object(folder / "config.json", root=folder)
+    check_counts(config, folder / "config.json")
     stored_as = config.get("quantization_config")
     if stored_as and not dequantize:
         method = stored_as.get("quant_method") if isinstance(stored_as, dict) else stored_as

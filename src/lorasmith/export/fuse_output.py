@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from lorasmith.errors import ConfigError, FuseError, LorasmithError
 from lorasmith.export.fuse_adapters import Part
 from lorasmith.export.fuse_base import Base
 from lorasmith.export.fuse_plan import Plan
+from lorasmith.io import space
 from lorasmith.io.strict import check_inside, parse_object
 
 __all__ = [
@@ -86,18 +86,14 @@ def written_before(target: Path) -> list[str]:
 
 def check_space(target: Path, wanted: int) -> None:
     """Raises a ``FuseError`` if the disk has less than ``wanted`` bytes free."""
-    above = Path(os.path.realpath(target)).parent
-    while not above.exists():
-        above = above.parent
-    free = shutil.disk_usage(above).free
-    if free < wanted:
-        raise FuseError(
-            "There is not enough room on the disk for the model.",
-            expected=f"{wanted / 1e9:.3g} GB free",
-            got=f"{free / 1e9:.3g} GB",
-            fix="free some, choose another disk, or a smaller dtype",
-            file=above,
-        )
+    # The model is written beside its predecessor, hence in the directory above.
+    space.check_space(
+        Path(os.path.realpath(target)).parent,
+        wanted,
+        FuseError,
+        "There is not enough room on the disk for the model.",
+        fix="free some, choose another disk, or a smaller dtype",
+    )
 
 
 def copies_beside(base: Base, parts: Sequence[Part]) -> tuple[dict[str, Path], str]:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.variant import Variant
-from lorasmith.errors import FuseError, ModelError
+from lorasmith.errors import AdapterFileError, FuseError, ModelError
 from lorasmith.export.fuse_adapters import Part
 from lorasmith.export.fuse_base import Base
 from lorasmith.export.fuse_changes import Changes
 from lorasmith.export.fuse_matrix import FusedMatrix, Measured, finite, narrowed
 from lorasmith.export.fuse_tensors import FromCall, Stored
 from lorasmith.export.shards import KINDS, Piece
+from lorasmith.io.checks import check_finite
 
 __all__ = ["Plan"]
 
@@ -166,11 +167,13 @@ class Plan:
             elif not name.endswith(".bias") and name not in self._names:
                 raise ModelError("The checkpoint has no such tensor.", file=base.folder, key=name)
         renamed = self._renamed() if self._names else {}
+        own = self._parameters()
         pieces = []
         for key, stored in base.stored.items():
             changed = parameters.get(key)
             made = stored if changed is None else self._made(changed, stored)
-            pieces.append(self._piece(renamed.get(key, key), stored, made))
+            new = renamed.get(key, key)
+            pieces.append(self._piece(new, stored, made, check=made is stored and key in own))
         for name in self._names:
             start = changes.start(name)
             assert start is not None
@@ -192,7 +195,15 @@ class Plan:
                 found[key] = name
         return found
 
-    def _piece(self, key: str, stored: Stored, made: Stored) -> Piece:
+    def _parameters(self) -> set[str | None]:
+        """Names in the files of the parameters of the class; masks may hold infinities."""
+        skeleton = self._base.skeleton
+        if skeleton is None:
+            return set()
+        named = skeleton.named_parameters(remove_duplicate=False)
+        return {self._base.key_of(name) for name, _ in named}
+
+    def _piece(self, key: str, stored: Stored, made: Stored, *, check: bool = False) -> Piece:
         floating = made.dtype is not None and made.dtype.is_floating_point
         if not floating:
             return Piece(key, made.kind, made.shape, made.nbytes, made.blocks)
@@ -201,6 +212,18 @@ class Plan:
 
         def blocks() -> Iterator[Tensor]:
             for block in made.blocks():
+                if check:
+                    try:
+                        check_finite(block, key, made.file)
+                    except AdapterFileError as error:
+                        raise FuseError(
+                            "A weight of the base model is not finite.",
+                            expected=error.expected,
+                            got=error.got,
+                            file=made.file,
+                            key=key,
+                            fix="download or copy the base model again",
+                        ) from error
                 yield narrowed(block, dtype, key)
 
         return Piece(key, KINDS[dtype], made.shape, nbytes, blocks)

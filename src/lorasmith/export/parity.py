@@ -39,13 +39,12 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.attach import use
-from lorasmith.errors import ConfigError, FuseError, ModelError
+from lorasmith.errors import ConfigError, FuseError, ModelError, first_line
 from lorasmith.io.files import load
 from lorasmith.io.models import (
     ResolvedModel,
     dequantised,
     explained,
-    first_line,
     quiet,
     remote_code,
     transformers_module,

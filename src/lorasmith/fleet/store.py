@@ -37,7 +37,7 @@ from lorasmith.io.fingerprint import Fingerprint
 from lorasmith.io.hub import fetch, release
 from lorasmith.io.strict import check_inside, read_object
 from lorasmith.io.tensors import FileTensors, sha256_of
-from lorasmith.io.weights import BaseModel, as_path
+from lorasmith.io.weights import BaseModel, as_path, in_file
 
 if TYPE_CHECKING:
     from lorasmith.fleet.subspace import SharedSubspace
@@ -269,8 +269,10 @@ def _load(folder: Path) -> SharedSubspace:
     generation = sha256_of(folder / MANIFEST)
     try:
         subspace = _read(folder, manifest)
-    except AdapterFileError:
-        raise
+    except AdapterFileError as error:
+        if error.file is not None:
+            raise
+        raise in_file(error, folder / MANIFEST) from error
     except (
         LorasmithError,
         KeyError,

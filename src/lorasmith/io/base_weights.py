@@ -50,7 +50,7 @@ from lorasmith.io.matrices import (
     Matrix,
     MemoryMatrix,
 )
-from lorasmith.io.models import ResolvedModel, check_sizes, remote_code
+from lorasmith.io.models import ResolvedModel, check_counts, check_sizes, remote_code
 from lorasmith.io.strict import check_inside, read_object
 from lorasmith.io.weights import AdapterWeights
 
@@ -448,10 +448,11 @@ def _files(folder: Path) -> list[Path]:
                 got=repr(mapped)[:200],
             )
         names = sorted(set(mapped.values()))
-        outside = [n for n in names if Path(n).name != n]
+        # A file's name has 255 bytes at most; to look for a longer one fails.
+        outside = [n for n in names if Path(n).name != n or len(os.fsencode(n)) > 255]
         if outside:
             raise ModelError(
-                "The index names files outside its directory.",
+                "The index names files that cannot be in its directory.",
                 file=index,
                 key="weight_map",
                 expected="names of files beside it",
@@ -490,6 +491,8 @@ def _inside(folder: Path, name: str) -> Path:
 
 def _skeleton(folder: Path, fields: Mapping[str, Any]) -> nn.Module | None:
     """The checkpoint's class without values, or ``None`` (with a warning) if it has none here."""
+    # Before Transformers sees them: it makes lists and mappings of as many entries.
+    check_counts(fields, folder / "config.json")
     why: str
     try:
         import transformers
@@ -518,7 +521,11 @@ def _skeleton(folder: Path, fields: Mapping[str, Any]) -> nn.Module | None:
 
 
 def _instance(transformers: Any, config: Any) -> nn.Module:
+    # Where Transformers has it from: a name of anything else would be imported all the same.
+    homes = getattr(transformers, "_class_to_module", {})
     for name in getattr(config, "architectures", None) or ():
+        if not str(homes.get(name, "models.")).startswith("models."):
+            continue
         kind = getattr(transformers, name, None)
         if isinstance(kind, type) and issubclass(kind, nn.Module):
             model: nn.Module = kind(config)

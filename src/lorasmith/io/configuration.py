@@ -37,7 +37,6 @@ __all__ = [
     "check_scaling",
     "peft_fields",
     "record_config",
-    "refuse_negative",
     "saved_tensors",
     "translate",
 ]
@@ -255,13 +254,17 @@ def _whole(value: Any) -> Any:
 # Limits --------------------------------------------------------------------------------------
 
 
-def check_scaling(config: AdapterConfig, modules: Iterable[str], file: Path | None) -> None:
+def check_scaling(
+    config: AdapterConfig, modules: Iterable[str], file: Path | None, *, negative: bool
+) -> None:
     """Raises an ``AdapterFileError`` if a layer's factor on B A cannot be meant.
 
     Args:
         config: The configuration; of variants without a rank there is nothing to check.
         modules: The adapted layers.
         file: The configuration's path, for messages.
+        negative: Whether alpha may be negative. No training leaves such a one; in a file it
+            turns the adapter round.
     """
     if not isinstance(config, LowRankConfig):
         return
@@ -276,28 +279,12 @@ def check_scaling(config: AdapterConfig, modules: Iterable[str], file: Path | No
                 got=f"{scaling:g} (alpha {config.alpha_of(module):g}, r {config.rank_of(module)})",
                 fix="correct lora_alpha",
             )
-
-
-def refuse_negative(config: AdapterConfig, modules: Iterable[str], file: Path | None) -> None:
-    """Raises an ``AdapterFileError`` if alpha is negative on a layer.
-
-    No training leaves one; in a file it turns the adapter round.
-
-    Args:
-        config: The configuration; of variants without a rank there is nothing to check.
-        modules: The adapted layers.
-        file: The configuration's path, for messages.
-    """
-    if not isinstance(config, LowRankConfig):
-        return
-    for module in modules:
-        alpha = config.alpha_of(module)
-        if alpha < 0:
+        if scaling < 0 and not negative:
             raise AdapterFileError(
                 "The scaling of the adapter is negative.",
                 file=file,
                 key="lora_alpha",
                 expected="alpha of 0 or more",
-                got=f"{alpha:g} for {module}",
+                got=f"{config.alpha_of(module):g} for {module}",
                 fix="correct lora_alpha; to take an adapter away, merge it with weight -1",
             )

@@ -47,7 +47,7 @@ from lorasmith.io.weights import AdapterWeights, FileState, check_finite
 if TYPE_CHECKING:
     from lorasmith.adapters.lora import LoRAConfig
 
-__all__ = ["Conversion", "ConvertedLayer", "convert", "plain_lora"]
+__all__ = ["Conversion", "ConvertedLayer", "convert", "plain_lora", "with_padding"]
 
 
 @dataclass(frozen=True)
@@ -491,10 +491,23 @@ def _assemble(
         fields["target_modules"] = source.peft["target_modules"]  # the same layers, in short
     if not padding and fields == made.peft:
         return made
+    return with_padding(made, fields, padding)
+
+
+def with_padding(
+    made: AdapterWeights, fields: Mapping[str, Any], padding: Mapping[str, Tensor]
+) -> AdapterWeights:
+    """The same adapter with other fields of PEFT's, and with copies of base weights.
+
+    Args:
+        made: The adapter, which has none.
+        fields: ``adapter_config.json``.
+        padding: ``"<module>.<tensor>"`` → value, of weights of the base that PEFT saved along.
+    """
     values = {key: made.tensors[key] for key in made.tensors}
     values |= {f"{peft.PREFIX}{key}": value for key, value in padding.items()}
     return AdapterWeights(
-        config,
+        made.config,
         fields,
         MemoryTensors(values),
         base=made.base,

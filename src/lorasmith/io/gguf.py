@@ -46,9 +46,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorasmith.errors import MissingDependencyError, ModelError
+from lorasmith.errors import MissingDependencyError, ModelError, first_line
 from lorasmith.io.gguf_header import check_header
-from lorasmith.io.models import ResolvedModel, first_line, load_config, quiet, remote_code
+from lorasmith.io.models import ResolvedModel, load_config, quiet, remote_code
 
 __all__ = ["ARCHITECTURES", "GgufModel", "GgufTensor", "skeleton", "tensor_names"]
 

@@ -30,6 +30,11 @@ _TEXT, _LIST = 8, 9
 #: Dimensions of a tensor (ggml's own limit); characters of a name; tensors; elements of all
 #: lists, each of which takes some hundred bytes once it is read.
 _DIMENSIONS, _NAME, _TENSORS, _ELEMENTS = 4, 1024, 65536, 4_000_000
+#: Types of whole numbers; one below 0 is read as one that is far too large.
+_WHOLE = (0, 1, 2, 3, 4, 5, 10, 11)
+#: Last part of an entry's name → the most there can be. Transformers makes an object, or an entry
+#: of a list, for each.
+_COUNTS = {"block_count": 2048, "head_count": 2**16, "head_count_kv": 2**16, "expert_count": 2**12}
 
 
 def check_header(path: str | os.PathLike[str]) -> None:
@@ -83,9 +88,13 @@ class _Header:
             if key in seen:
                 raise _wrong(self.path, key, "each key once", "twice")
             seen.add(key)
-            value = self.value(self.number("<I", key), key)
+            kind = self.number("<I", key)
+            value = self.value(kind, key)
+            most = _COUNTS.get(key.rpartition(".")[2])
+            if most is not None and value is not None and value > most:
+                raise _wrong(self.path, key, f"at most {most:,}", f"{value:,}")
             if key == "general.alignment":
-                alignment = value or 0
+                alignment = value or 0 if kind in (4, 10) else 0
                 if alignment < 1 or alignment & (alignment - 1) or alignment > 2**20:
                     raise _wrong(self.path, key, "a power of two", alignment)
         self.tensors(tensors, alignment)
@@ -151,7 +160,7 @@ class _Header:
         if kind not in _SIZES:
             raise _wrong(self.path, key, "a type of values from 0 to 12", kind)
         data = self.take(_SIZES[kind], key)
-        return int.from_bytes(data, "little") if kind in (4, 10) else None
+        return int.from_bytes(data, "little") if kind in _WHOLE else None
 
     def more(self, count: int, key: str) -> None:
         self.elements += count

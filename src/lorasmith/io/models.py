@@ -22,6 +22,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -32,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from lorasmith.errors import LorasmithError, MissingDependencyError, ModelError
+from lorasmith.errors import LorasmithError, MissingDependencyError, ModelError, first_line
 
 __all__ = [
     "ALIASES",
@@ -40,10 +41,10 @@ __all__ = [
     "Alias",
     "ResolvedModel",
     "cache_dir",
+    "check_counts",
     "check_sizes",
     "dequantised",
     "explained",
-    "first_line",
     "hub_reachable",
     "load_config",
     "quiet",
@@ -524,12 +525,6 @@ def explained(load: Callable[[], _T], name: str) -> _T:
         ) from error
 
 
-def first_line(error: BaseException) -> str:
-    """What an exception is and says, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
 def remote_code(allowed: bool) -> dict[str, Any]:
     """The argument that lets Transformers run code that comes with a model, or forbids it.
 
@@ -556,14 +551,20 @@ def load_config(resolved: ResolvedModel, *, trust_remote_code: bool = False) -> 
 
         arguments["gguf_file"] = resolved.gguf_file
         check_header(Path(resolved.path) / resolved.gguf_file)
+    where: dict[str, Any] = {
+        "revision": resolved.revision,
+        "local_files_only": resolved.offline,
+    }
     with quiet():
+        if resolved.gguf_file is None:
+            # Before they are a configuration, which has lists and mappings of as many entries.
+            fields, _ = explained(
+                lambda: transformers.PretrainedConfig.get_config_dict(resolved.path, **where),
+                resolved.name,
+            )
+            check_counts(fields, resolved.name)
         config = explained(
-            lambda: transformers.AutoConfig.from_pretrained(
-                resolved.path,
-                revision=resolved.revision,
-                local_files_only=resolved.offline,
-                **arguments,
-            ),
+            lambda: transformers.AutoConfig.from_pretrained(resolved.path, **where, **arguments),
             resolved.name,
         )
     check_sizes(config, resolved.name)
@@ -573,6 +574,45 @@ def load_config(resolved: ResolvedModel, *, trust_remote_code: bool = False) -> 
 #: Layers of a model: ten times those of the deepest there are. Each is a few dozen objects.
 _MOST_LAYERS = 2048
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers")
+
+
+#: Names of what a model has many of, and how many. Transformers makes an object, or an entry of
+#: a list or mapping, for each. Ten to a hundred times the most there are.
+_COUNTS = (
+    (re.compile(r"(.*_)?layers?"), _MOST_LAYERS),
+    (re.compile(r"(.*_)?heads?(_kv)?"), 2**16),
+    (re.compile(r"(.*_)?experts"), 2**12),
+    (re.compile(r"(.*_)?num_labels"), 2**17),
+)
+
+
+def check_counts(
+    fields: Mapping[str, Any], name: str | os.PathLike[str], *, depth: int = 0
+) -> None:
+    """Refuses fields of a configuration that count more than any model has.
+
+    Args:
+        fields: What ``config.json`` holds, configurations within it included.
+        name: The file, or the model, for messages.
+        depth: How far inside they are.
+
+    Raises:
+        ModelError: One does.
+    """
+    for key, value in fields.items():
+        if isinstance(value, dict) and depth < 8:
+            check_counts(value, name, depth=depth + 1)
+        if isinstance(value, bool) or not isinstance(value, int):
+            continue
+        most = next((m for pattern, m in _COUNTS if pattern.fullmatch(key)), None)
+        if most is not None and value > most:
+            raise ModelError(
+                "The configuration of the model is not plausible.",
+                file=name,
+                key=key,
+                expected=f"at most {most:,}",
+                got=f"{value:,}"[:80],
+            )
 
 
 def check_sizes(config: Any, name: str) -> None:
@@ -587,6 +627,7 @@ def check_sizes(config: Any, name: str) -> None:
     """
     inner = getattr(config, "get_text_config", lambda: config)()
     for part in (config, inner):
+        check_counts(vars(part), name)
         for key in _LAYERS:
             count = getattr(part, key, None)
             if isinstance(count, int) and not 0 <= count <= _MOST_LAYERS:

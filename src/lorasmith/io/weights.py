@@ -36,7 +36,6 @@ from lorasmith.io.configuration import (
     MAX_SCALING,
     check_scaling,
     record_config,
-    refuse_negative,
     saved_tensors,
     translate,
 )
@@ -179,9 +178,7 @@ class AdapterWeights:
         others = (k.removeprefix(peft.PREFIX) for k in found.rest)
         self._unexpected = tuple(k for k in others if k not in self._saved)
         self._shared_values: dict[str, Tensor] | None = None
-        check_scaling(config, self._infos, self._file(peft.CONFIG))
-        if path is not None:
-            refuse_negative(config, self._infos, self._file(peft.CONFIG))
+        check_scaling(config, self._infos, self._file(peft.CONFIG), negative=path is None)
 
     # -- making ----------------------------------------------------------------------
 
@@ -498,7 +495,7 @@ class AdapterWeights:
                 not finite, or writing fails; the path is as it was then.
         """
         target = as_path(path)
-        refuse_negative(self.config, self._infos, self._file(peft.CONFIG))
+        check_scaling(self.config, self._infos, self._file(peft.CONFIG), negative=False)
         with explained_failure("The adapter", target):
             check_target(target, beside)
             for key in self.tensors:

@@ -10,6 +10,7 @@ from lorasmith.errors import ConfigError
 from lorasmith.training.collate import PaddingCollator
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.data import first_rows, load_rows, tokenise
+from lorasmith.training.rows import read_from
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -62,7 +63,8 @@ def calibration_batches(
         read = load_rows(
             config.calibration, split=config.calibration_split, limit=count, seed=config.seed
         )
-        chosen = tokenise(read, tokenizer, max_length=config.max_length)
+        with read_from(config.calibration):
+            chosen = tokenise(read, tokenizer, max_length=config.max_length)
         rows_said = "1 row" if len(chosen) == 1 else f"{len(chosen):,} rows"
         logger.info("The adapter is calibrated on %s.", rows_said)
     collate = PaddingCollator(int(tokenizer.pad_token_id or 0))

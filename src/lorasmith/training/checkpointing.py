@@ -22,7 +22,7 @@ from lorasmith.core.quantized import numel
 from lorasmith.errors import NonFiniteLossError
 from lorasmith.io import save
 from lorasmith.io.tokenizers import TokenizerRecord
-from lorasmith.training import checkpoints
+from lorasmith.training import checkpoints, parts
 from lorasmith.training.checkpoints import (
     ADAPTER_STATE,
     BEST_DYNAMICS,
@@ -46,6 +46,7 @@ from lorasmith.training.records import (
 from lorasmith.training.resuming import Before
 from lorasmith.training.states import (
     check_optimizer,
+    check_scheduler,
     load_state,
     load_tensors,
     of_this_run,
@@ -202,32 +203,72 @@ class CheckpointingTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         self.check_state("checkpoint")
-        step = self.state.global_step
-        output = self.run_config.output
-        partial = checkpoints.partial_path(output, step)
+        partial = checkpoints.partial_path(self.run_config.output, self.state.global_step)
         tokens = self._all_tokens()
         if self.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-            self._save_adapter(partial)
-            save_tensors(self.adapter.state_dict(), partial / ADAPTER_STATE)
-            if self.best_state is not None:
-                save_tensors(self.best_state, partial / BEST_STATE)
-            if self.best_dynamics is not None:
-                save_state(self.best_dynamics, partial / BEST_DYNAMICS)
-            checkpoints.write_json(partial / RUN_STATE, self._run_state(tokens))
-            # Trainer would write NaN and Infinity, which JSON does not have.
-            state = finite_or_none(dataclasses.asdict(self.state))
-            checkpoints.write_json(partial / "trainer_state.json", state)
+            self._fill(partial, tokens)
         self.accelerator.wait_for_everyone()
-        self._save_optimizer_and_scheduler(str(partial))
-        self._save_scaler(str(partial))
         self._save_rng_state(str(partial))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoints.publish(partial, output / f"checkpoint-{step}")
-            checkpoints.rotate(output, self.run_config.save_total_limit)
-            checkpoints.remove_partial(output)  # the lock of what has been renamed
+            self._publish(partial)
         self.accelerator.wait_for_everyone()
+
+    def _fill(self, partial: Path, tokens: int) -> None:
+        """What the first of all processes writes."""
+        shutil.rmtree(partial, ignore_errors=True)
+        self._save_adapter(partial)
+        save_tensors(self.adapter.state_dict(), partial / ADAPTER_STATE)
+        if self.best_state is not None:
+            save_tensors(self.best_state, partial / BEST_STATE)
+        if self.best_dynamics is not None:
+            save_state(self.best_dynamics, partial / BEST_DYNAMICS)
+        checkpoints.write_json(partial / RUN_STATE, self._run_state(tokens))
+        # Trainer would write NaN and Infinity, which JSON does not have.
+        state = finite_or_none(dataclasses.asdict(self.state))
+        checkpoints.write_json(partial / "trainer_state.json", state)
+        self._save_optimizer_and_scheduler(str(partial))
+        self._save_scaler(str(partial))
+
+    def _publish(self, partial: Path) -> None:
+        output = self.run_config.output
+        checkpoints.publish(partial, output / f"checkpoint-{self.state.global_step}")
+        checkpoints.rotate(output, self.run_config.save_total_limit)
+        checkpoints.remove_partial(output)  # the lock of what has been renamed
+
+    def save_last_step(self) -> int:
+        """Writes the checkpoint of the last whole step in the middle of the next one.
+
+        Without a collective, for the processes may be in one; see ``training.parts``.
+
+        Returns:
+            Tokens seen by all processes; of the first one only.
+
+        Raises:
+            TimeoutError: The processes are not at the same step.
+        """
+        self.check_state("checkpoint")
+        step, output = self.state.global_step, self.run_config.output
+        world, index = self.args.world_size, self.args.process_index
+        assert self.last_random is not None
+        if index > 0:
+            part = {"random": self.last_random, "tokens": self.tokens_here}
+            if not parts.hand_in(output, step, index, part):
+                raise TimeoutError(f"there is no checkpoint of step {step}")
+            return 0
+        try:
+            others = parts.collect(output, step, world)
+            partial = checkpoints.partial_path(output, step)
+            tokens = self.before.tokens + self.tokens_here
+            tokens += sum(int(other["tokens"]) for other in others)
+            self._fill(partial, tokens)
+            states = [self.last_random, *(other["random"] for other in others)]
+            for number, state in enumerate(states):
+                save_state(state, partial / checkpoints.rng_name(number, world))
+            self._publish(partial)
+        finally:
+            parts.dismiss(output, step, world)
+        return tokens
 
     def _all_tokens(self) -> int:
         """Tokens seen by all processes; all of them must ask."""
@@ -281,8 +322,11 @@ class CheckpointingTrainer(Trainer):
         with of_this_run(file):
             check_optimizer(state, self.optimizer, file)
             self.optimizer.load_state_dict(state)
-        with of_this_run(Path(checkpoint) / SCHEDULER):
-            self.lr_scheduler.load_state_dict(load_state(Path(checkpoint) / SCHEDULER))
+        file = Path(checkpoint) / SCHEDULER
+        state = load_state(file)
+        with of_this_run(file):
+            check_scheduler(state, self.lr_scheduler, file)
+            self.lr_scheduler.load_state_dict(state)
 
     def _save_scaler(self, output_dir: str) -> None:
         """Trainer's, without a pickle."""
@@ -325,14 +369,19 @@ class CheckpointingTrainer(Trainer):
         if self.args.should_save:
             checkpoints.write_json(self.run_config.output / RESULT, result.to_dict())
 
-    def _result(self, status: Literal["finished", "stopped early", "interrupted"]) -> TrainResult:
+    def _result(
+        self,
+        status: Literal["finished", "stopped early", "interrupted"],
+        tokens: int | None = None,
+    ) -> TrainResult:
+        """How it went; all processes must ask, unless the tokens of all are known."""
         history = self.state.log_history
         rules = {rule.name for rule in self.rules}
         losses, evaluations = loss_points(history, rules), eval_points(history)
         kept = self.best if self.best_state is not None and status != "interrupted" else None
         eval_loss = evaluations[-1].loss if evaluations else None
         found = checkpoints.list_checkpoints(self.run_config.output)
-        seconds, tokens = self.seconds, self._all_tokens()
+        seconds, tokens = self.seconds, self._all_tokens() if tokens is None else tokens
         parameters = list(self.base.parameters())
         base = next(p for p in parameters if not p.requires_grad) if parameters else None
         return TrainResult(

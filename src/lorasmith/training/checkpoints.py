@@ -42,6 +42,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+_FORMAT = 1
 ADAPTER_STATE = "adapter_state.safetensors"
 BEST_STATE = "best_state.safetensors"
 BEST_DYNAMICS = "best_dynamics.safetensors"
@@ -64,7 +65,7 @@ REQUIRED = (
 _NAME = re.compile(r"checkpoint-(\d+)")
 #: What is written before it is published, and what writers of either leave when they are killed.
 _PARTIAL = re.compile(
-    r"\.checkpoint-\d+\.partial"
+    r"\.checkpoint-\d+\.(partial|part-\d+(\.new)?)"
     r"|\.{1,2}checkpoint-\d+(\.partial)?\.([0-9a-f]{8}\.(new|old)|lock)"
 )
 
@@ -117,7 +118,7 @@ def publish(partial: Path, target: Path) -> None:
         p.relative_to(partial).as_posix(): {"size": p.stat().st_size, "sha256": _sha256(p)}
         for p in files
     }
-    write_json(partial / MANIFEST, {"format": 1, "files": listing})
+    write_json(partial / MANIFEST, {"format": _FORMAT, "files": listing})
     for path in files:
         _sync(path)
     _sync(partial)
@@ -177,13 +178,16 @@ def defect(path: Path, *, processes: int = 1) -> str | None:
         if not (path / name).is_file():
             return f"{name} is missing"
     try:
-        files = read_object(path / MANIFEST, root=path)["files"]
+        manifest = read_object(path / MANIFEST, root=path)
+        files = manifest["files"]
         expected = {str(k): (int(v["size"]), str(v["sha256"])) for k, v in files.items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing, so it was not written to its end"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
-    outside = [name for name in expected if PurePath(name).is_absolute() or ".." in name]
+    if manifest.get("format") != _FORMAT:
+        return f"{MANIFEST} has a format that this version does not know"
+    outside = [name for name in expected if not _is_beside(name)]
     if outside:
         return f"{MANIFEST} names a file elsewhere: {outside[0][:100]}"
     for name in (*REQUIRED, *names):
@@ -198,6 +202,14 @@ def defect(path: Path, *, processes: int = 1) -> str | None:
         if _sha256(file) != digest:
             return f"the content of {name} has changed"
     return None
+
+
+def _is_beside(name: str) -> bool:
+    """Whether a file of a checkpoint can be called that."""
+    parts = PurePath(name)
+    if parts.is_absolute() or ".." in name or "\0" in name:
+        return False
+    return len(name) < 1000 and all(len(os.fsencode(part)) <= 255 for part in parts.parts)
 
 
 #: Bytes of trainer_state.json, which grows with every step that is logged, and values in it.

@@ -571,6 +571,9 @@ def _build(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
     return kind(**values)
 
 
+_FIX = "give such a number, or leave it out for the default"
+
+
 def _check_integer(key: str, value: object, *, at_least: int) -> None:
     if value is None:
         return
@@ -579,6 +582,7 @@ def _check_integer(key: str, value: object, *, at_least: int) -> None:
             f"{key} cannot be {value!r}.",
             expected=f"an integer of at least {at_least}",
             got=repr(value),
+            fix=_FIX,
             key=key,
         )
 
@@ -609,6 +613,7 @@ def _check_number(
             f"{key} cannot be {value!r}.",
             expected="a number " + " and ".join(b for b in bounds if b),
             got=repr(value),
+            fix=_FIX,
             key=key,
         )
 

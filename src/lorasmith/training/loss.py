@@ -22,7 +22,7 @@ import contextlib
 import inspect
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from lorasmith.core.lowrank import no_autocast
 from lorasmith.errors import ConfigError, DataError, TrainingError
 from lorasmith.training.data import IGNORE_INDEX
 
@@ -153,7 +154,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_bias = torch.zeros_like(bias, dtype=soft)
         losses: list[Tensor] = []
         entropies: list[Tensor] = []
-        with _no_autocast(hidden.device):
+        with no_autocast(hidden.device):
             head = weight.to(dtype)
             head_bias = None if bias is None else bias.to(dtype)
             any_grad = grad_hidden is not None or grad_weight is not None or grad_bias is not None
@@ -208,7 +209,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if bias is not None and ctx.needs_input_grad[2]
             else None
         )
-        with _no_autocast(hidden.device):
+        with no_autocast(hidden.device):
             head = weight.to(call.compute_dtype)
             head_bias = None if bias is None else bias.to(call.compute_dtype)
             for start in range(0, hidden.shape[0], call.rows):
@@ -256,15 +257,6 @@ def _scaled(grad: Any, factor: Tensor, dtype: torch.dtype | None) -> Any:
     if grad is None:
         return None
     return (grad.to(_soft_dtype(grad.dtype)) * factor).to(dtype)
-
-
-@contextlib.contextmanager
-def _no_autocast(device: torch.device) -> Iterator[None]:
-    if not torch.amp.is_autocast_available(device.type):
-        yield
-        return
-    with torch.autocast(device.type, enabled=False):
-        yield
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -12,14 +12,13 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lorasmith.errors import ConfigError, MissingDependencyError, ModelError
+from lorasmith.errors import ConfigError, MissingDependencyError, ModelError, first_line
 from lorasmith.io.models import (
     ALIASES,
     ResolvedModel,
     cache_dir,
     dequantised,
     explained,
-    first_line,
     hub_reachable,
     load_config,
     quiet,
@@ -94,7 +93,11 @@ def load_tokenizer(resolved: ResolvedModel, *, trust_remote_code: bool = False) 
             raise ModelError(
                 f"The tokenizer of {resolved.name} has no padding token and none that could "
                 "stand in for it.",
+                expected="pad_token, eos_token or unk_token",
+                got="none of them",
                 fix="add pad_token to its tokenizer_config.json",
+                file=resolved.path,
+                key="pad_token",
             )
         tokenizer.pad_token = spare
     return tokenizer
@@ -195,6 +198,8 @@ def load_model(
             expected=f"at most {rows} tokens",
             got=f"{len(tokenizer)} tokens",
             fix="use the tokenizer that belongs to this model",
+            file=resolved.path,
+            key="vocab_size",
         )
     if resolved.gguf_file is not None and quantize is not None:
         # Transformers reads a GGUF file in full precision or in its own blocks, nothing else.

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorasmith.errors import ConfigError, TrainingError
+from lorasmith.io import space
 from lorasmith.training import checkpoints
 from lorasmith.training.config import TrainConfig
 
@@ -254,14 +255,11 @@ def check_space(output: Path, needed: int) -> None:
     Raises:
         TrainingError: There is less.
     """
-    free = shutil.disk_usage(output).free
-    if free < needed:
-        raise TrainingError(
-            "There is too little room for the run's checkpoints and its adapter.",
-            expected=f"{needed / 2**20:,.0f} MiB",
-            got=f"{free / 2**20:,.0f} MiB free",
-            fix="make room, choose another output, or keep fewer checkpoints "
-            "(--save-total-limit 1, --adapter.r with a smaller rank)",
-            file=output,
-            key="output",
-        )
+    space.check_space(
+        output,
+        needed,
+        TrainingError,
+        "There is too little room for the run's checkpoints and its adapter.",
+        fix="make room, choose another output, or keep fewer checkpoints "
+        "(--save-total-limit 1, --adapter.r with a smaller rank)",
+    )

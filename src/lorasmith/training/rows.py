@@ -7,8 +7,11 @@ shows at once.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import warnings
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -25,12 +28,13 @@ from lorasmith.training.data import (
     split_rows,
     tasks_of,
     tokenise,
+    tokenise_with_report,
 )
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["check_tokens", "collator_of", "raw_rows", "tokenised_rows"]
+__all__ = ["check_tokens", "collator_of", "raw_rows", "read_from", "tokenised_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,25 +48,35 @@ def raw_rows(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
             config.eval_data, split=config.eval_data_split, limit=config.eval_limit
         )
     for source, read in ((config.data, rows), (config.eval_data, eval_rows)):
-        try:
-            if read is not None:
+        if read is not None:
+            with read_from(source):
                 examples_of(read[0])
-        except DataError as error:  # noqa: PERF203 - two at most
-            raise DataError(
-                error.what,
-                expected=error.expected,
-                got=error.got,
-                fix=error.fix,
-                file=source,
-                key=error.key or "data",
-            ) from error
     return rows, eval_rows
+
+
+@contextlib.contextmanager
+def read_from(source: str | None) -> Iterator[None]:
+    """Adds to what is wrong with rows where they come from."""
+    try:
+        yield
+    except DataError as error:
+        if error.file is not None:
+            raise
+        raise DataError(
+            error.what,
+            expected=error.expected,
+            got=error.got,
+            fix=error.fix,
+            file=source,
+            key=error.key or "data",
+        ) from error
 
 
 def tokenised_rows(
     config: TrainConfig, tokenizer: Any, rows: Dataset, eval_rows: Dataset | None
 ) -> tuple[Dataset, Dataset | None]:
     """Tokenised rows to train on and to evaluate on."""
+    source = config.data if config.eval_data is None else config.eval_data
     column = choose_task_column(config.task_column, rows)
     if config.eval_data is None and config.eval_split > 0:
         rows, eval_rows = split_rows(rows, fraction=config.eval_split, seed=config.seed, by=column)
@@ -70,7 +84,26 @@ def tokenised_rows(
             eval_rows = eval_rows.select(
                 first_rows(eval_rows, config.eval_limit, by=column or TASK)
             )
-    tokens = tokenise(rows, tokenizer, max_length=config.max_length, task_column=column)
+    with read_from(config.data):
+        tokens, report = tokenise_with_report(
+            rows, tokenizer, max_length=config.max_length, task_column=column
+        )
+        if report.unanswered == report.examples + report.dropped:
+            raise DataError(
+                "Every answer is empty, so there is nothing to learn.",
+                expected="a completion or an assistant turn with something in it",
+                got=f"{report.rows} rows",
+                fix="check the columns that the answers are in, and fill them",
+                key="data",
+            )
+        if report.unanswered:
+            logger.warning(
+                "%d of %d examples have an empty answer: they teach the model to say nothing.",
+                report.unanswered,
+                report.examples + report.dropped,
+            )
+    if (message := report.warning()) is not None:
+        warnings.warn(message, stacklevel=2)
     names = tasks_of(tokens)
     if names is not None:
         logger.info(
@@ -84,7 +117,11 @@ def tokenised_rows(
         column = choose_task_column("auto", eval_rows)
     elif column not in eval_rows.column_names:
         column = None
-    return tokens, tokenise(eval_rows, tokenizer, max_length=config.max_length, task_column=column)
+    with read_from(source):
+        eval_tokens = tokenise(
+            eval_rows, tokenizer, max_length=config.max_length, task_column=column
+        )
+    return tokens, eval_tokens
 
 
 def check_tokens(model: Any, tokenizer: Any, rows: Dataset, eval_rows: Dataset | None) -> None:

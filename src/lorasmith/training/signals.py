@@ -16,6 +16,7 @@ not come to that in time, the thread ends the process, where it may.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -36,6 +37,9 @@ GIVE_UP_AFTER = 15.0
 LEAVE_AFTER = 25.0
 #: Seconds for the main thread to act on a second signal.
 _AT_ONCE = 1.0
+#: Seconds within which signals are one.
+_SAME = 1.0
+_PAUSE = 0.05
 
 _HANDLED = (signal.SIGTERM, signal.SIGINT)
 _OVER = b"\0"
@@ -51,15 +55,16 @@ class StepGivenUpError(Exception):
 class StopSignals:
     """Catches SIGTERM and Ctrl-C for the time of a run.
 
-    The first one asks the run to stop after the step; a second one acts as it would
-    without us, for those who cannot wait. Outside of the main thread there are no signals, and
-    nothing happens here.
+    The first one asks the run to stop after the step; a second one, over a second later, acts as it
+    would without us, for those who cannot wait. Outside of the main thread there are no signals,
+    and nothing happens here.
 
     Args:
         save: Writes the checkpoint of the last whole step; called by a thread of its own. ``None``
             if steps are never given up.
         leave: Called by that thread before it ends the process, if a batch still goes on long
             after its checkpoint is written; ``None`` if the process must not be ended.
+        wait: Whether the main thread is given time to leave the batch by itself.
 
     Attributes:
         received: Number of the signal that came.
@@ -68,11 +73,17 @@ class StopSignals:
     """
 
     def __init__(
-        self, save: Callable[[], None] | None = None, leave: Callable[[], None] | None = None
+        self,
+        save: Callable[[], None] | None = None,
+        leave: Callable[[], None] | None = None,
+        *,
+        wait: bool = True,
     ) -> None:
         self.received: int | None = None
+        self._at = math.inf
+        self._again = False
         self.honoured = self.saved = False
-        self._save, self._leave = save, leave
+        self._save, self._leave, self._wait_for_main = save, leave, wait
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._previous: dict[int, Any] = {}
@@ -129,8 +140,11 @@ class StopSignals:
         self._previous = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
+        if self.received is None:
+            self.received = number
+        elif self._again:
+            self._restore()
+            os.kill(os.getpid(), number)
 
     @contextlib.contextmanager
     def unchanging(self) -> Iterator[None]:
@@ -171,38 +185,62 @@ class StopSignals:
         number = self._next(None)
         if number is None:
             return
-        at = time.monotonic()
+        self._at = time.monotonic()
         self.received = number
         name = signal.Signals(number).name
         # Not through logging: its locks may be held where the signal came in.
         os.write(2, f"\n{name}: finishing the step and writing a checkpoint.\n".encode())
-        if self._save is None or self._wait(at + GIVE_UP_AFTER):
-            return
-        with self._lock:
-            if self._over.is_set() or self.honoured:
+        if self._save is not None and not self._wait(self._at + GIVE_UP_AFTER):
+            self._give_up(number, self._save)
+        self._wait(math.inf)
+
+    def _give_up(self, number: int, save: Callable[[], None]) -> None:
+        """Writes the checkpoint, and ends the process if the batch still goes on later."""
+        with self._main_unchanging() as reached:
+            if not reached or self.honoured:
                 return
             # What fails here is tried again by the main thread after the step, and said there.
             with contextlib.suppress(Exception), no_grad():
-                self._save()
+                save()
                 self.saved = True
-        if not self.saved or self._leave is None or self._wait(at + LEAVE_AFTER):
+            if self.saved and not self._wait_for_main:
+                self._end(number)
+        if not self.saved or self._leave is None or self._wait(self._at + LEAVE_AFTER):
             return
-        with self._lock:
-            if self._over.is_set():
-                return
-            try:
+        with self._main_unchanging() as reached:
+            if reached:
+                self._end(number)
+
+    def _end(self, number: int) -> None:
+        try:
+            if self._leave is not None:
                 self._leave()
-            finally:
-                os._exit(128 + number)
+        finally:
+            os._exit(128 + number)
+
+    @contextlib.contextmanager
+    def _main_unchanging(self) -> Iterator[bool]:
+        """Keeps the main thread from changing anything; False if the run is over."""
+        while not self._lock.acquire(timeout=_PAUSE):
+            self._wait(0.0)
+        try:
+            yield not self._over.is_set()
+        finally:
+            self._lock.release()
 
     def _wait(self, until: float) -> bool:
-        """Waits; True if the run is over by then, or is ended by a second signal."""
-        while (left := until - time.monotonic()) > 0:
-            number = self._next(left)
-            if number is not None and self._leave is not None and not self._over.wait(_AT_ONCE):
-                os._exit(128 + number)
-            if self._over.is_set():
-                return True
+        """Waits until that time, and sees to a second signal; True if the run is over by then."""
+        while not self._over.is_set():
+            left = until - time.monotonic()
+            number = self._next(None if left == math.inf else max(left, 0.0))
+            if number is None:
+                break
+            # A terminal and a launcher may both send the first one.
+            if not self._again and time.monotonic() - self._at > _SAME:
+                self._again = True
+                os.kill(os.getpid(), number)  # once more, for the handler to act on
+                if self._leave is not None and not self._over.wait(_AT_ONCE):
+                    os._exit(128 + number)
         return self._over.is_set()
 
     def _next(self, seconds: float | None) -> int | None:
@@ -213,7 +251,7 @@ class StopSignals:
             while (data := receiver.recv(1)) not in (_OVER, b""):
                 if data[0] in _HANDLED:
                     return data[0]
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             pass
         return None
 

@@ -37,6 +37,7 @@ from lorasmith.io.weights import check_finite
 __all__ = [
     "TREE",
     "check_optimizer",
+    "check_scheduler",
     "load_state",
     "load_tensors",
     "of_this_run",
@@ -207,32 +208,100 @@ def of_this_run(file: Path) -> Iterator[None]:
 def check_optimizer(state: Mapping[str, Any], optimizer: Any, file: Path) -> None:
     """Raises unless every tensor is finite, and a single number or of its parameter's shape.
 
-    An optimiser takes any shape, and fails in its next step.
+    An optimiser takes any shape and any options, and fails in its next step. How it computes
+    (fused, foreach, capturable) becomes what it is in this run, perhaps on another device.
 
     Args:
-        state: What ``optimizer.state_dict()`` gave.
+        state: What ``optimizer.state_dict()`` gave; those options are changed in it.
         optimizer: The optimiser that is to go on from it.
         file: Where it is from.
 
     Raises:
         TrainingError: It is not so.
     """
+
+    def wrong(key: str, expected: object, got: object) -> TrainingError:
+        return TrainingError(
+            "The state of the optimiser cannot be gone on from.",
+            expected=expected,
+            got=str(got)[:200],
+            fix="go on from another checkpoint",
+            file=file,
+            key=key,
+        )
+
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    needed = _NEEDED.get(type(optimizer).__name__, frozenset())
     for index, values in state["state"].items():
         shape = trained[index].shape
+        if needed - values.keys():
+            raise wrong(f"state {index}", ", ".join(sorted(needed)), sorted(map(str, values)))
         for key, value in values.items():
+            if key == "step":
+                count = value if torch.is_tensor(value) else torch.tensor(float(value))
+                if count.dim() or not count.is_floating_point() or not 0 <= float(count) < 2**53:
+                    raise wrong(f"state {index} step", "a number of steps", value)
             if not torch.is_tensor(value):
                 continue
             finite = not value.is_floating_point() or bool(value.isfinite().all())
             if not finite or (value.numel() != 1 and value.shape != shape):
-                raise TrainingError(
-                    "The state of the optimiser cannot be gone on from.",
-                    expected=f"finite numbers, {list(shape)}",
-                    got=f"{list(value.shape)}" + ("" if finite else ", NaN or infinity"),
-                    fix="go on from another checkpoint",
-                    file=file,
-                    key=f"state {index} {key}",
-                )
+                got = f"{list(value.shape)}" + ("" if finite else ", NaN or infinity")
+                raise wrong(f"state {index} {key}", f"finite numbers, {list(shape)}", got)
+    for mine, theirs in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        theirs.update({key: mine[key] for key in _HOW if key in mine})
+        for key in sorted(mine.keys() - {"params", *_HOW}):
+            if not _alike(theirs.get(key), mine[key]):
+                raise wrong(f"param_groups {key}", f"such as {mine[key]!r}", repr(theirs.get(key)))
+
+
+#: Options of an optimiser that say how it computes, and not what.
+_HOW = ("capturable", "foreach", "fused")
+#: What an optimiser's next step takes from its state.
+_NEEDED = dict.fromkeys(("Adam", "AdamW"), frozenset(("step", "exp_avg", "exp_avg_sq")))
+
+
+def check_scheduler(state: Any, scheduler: Any, file: Path) -> None:
+    """Raises unless a state has the fields of the schedule that is to go on from it.
+
+    A schedule of PyTorch takes every field of a state as an attribute, whatever it is called.
+
+    Args:
+        state: What ``scheduler.state_dict()`` gave.
+        scheduler: The schedule.
+        file: Where the state is from.
+
+    Raises:
+        TrainingError: It is not so.
+    """
+    mine = scheduler.state_dict()
+    found = state if isinstance(state, Mapping) else {}
+    for key in sorted({*map(str, found), *mine}):
+        if key in found and key in mine and _alike(found[key], mine[key], switches=False):
+            continue
+        raise TrainingError(
+            "The state of the schedule cannot be gone on from.",
+            expected=f"such as {mine[key]!r}" if key in mine else ", ".join(sorted(mine)),
+            got=repr(found[key] if key in found else state)[:200],
+            fix="go on from another checkpoint",
+            file=file,
+            key=key,
+        )
+
+
+def _alike(value: Any, mine: Any, *, switches: bool = True) -> bool:
+    """Whether an option is of the same kind as this run's; a switch must be the same."""
+    if isinstance(mine, bool) or mine is None:
+        return value is mine if switches or mine is None else isinstance(value, bool)
+    if isinstance(mine, int | float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and 0 <= value < 1e300
+    if isinstance(mine, list | tuple):
+        same = isinstance(value, list | tuple) and len(value) == len(mine)
+        return same and all(map(_alike, value, mine))
+    if isinstance(mine, Mapping):
+        same = isinstance(value, Mapping) and value.keys() == mine.keys()
+        return same and all(_alike(value[key], mine[key]) for key in mine)
+    return type(value) is type(mine)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -134,6 +134,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+#: Seconds for the first of several processes to say how it went, before the others end.
+_AFTER_THE_FIRST = 3.0
 
 # The run --------------------------------------------------------------------------------------
 
@@ -341,10 +343,14 @@ class _AdapterTrainer(CheckpointingTrainer):
         self.step_loss: Tensor | None = None
         self.last_random = None
         world = int(os.environ.get("WORLD_SIZE", "1"))
-        # Several processes would have to agree on the step that they give up.
+        # Of several processes those that have left a batch would leave the others in a collective,
+        # so that all of them must end from within it.
         self.stop = StopSignals(
-            self._save_last_step if world == 1 else None, None if leave is None else self._leave
+            self._save_last_step if world == 1 or leave is not None else None,
+            None if leave is None else self._leave,
+            wait=world == 1,
         )
+        self.tokens_saved: int | None = None
         self.started = time.perf_counter()
         self.plain_collate = collate
         self.rows_digest = rows_digest(rows)
@@ -462,15 +468,19 @@ class _AdapterTrainer(CheckpointingTrainer):
     def _save_last_step(self) -> None:
         """Writes the checkpoint of the last whole step, from a thread."""
         with on_device(self.args.device):
-            self._save_checkpoint(self.base)
+            self.tokens_saved = self.save_last_step()
 
     def _leave(self) -> None:
         """Says how it went, from a thread, before the process ends."""
         assert self.stop.received is not None
         assert self.leave is not None
+        if not is_main():
+            # The launcher ends all processes when one has ended, and the first has more to say.
+            time.sleep(_AFTER_THE_FIRST)
+            return
         if self.bar is not None:
             self.bar.close()  # it hides the cursor
-        result = self._result("interrupted")
+        result = self._result("interrupted", self.tokens_saved)
         self._write_result(result)
         self.leave(TrainingInterrupted(self.stop.received, result))
 

@@ -49,8 +49,7 @@ from lorasmith.fleet.merge.base import BaseModelWeights, Model
 from lorasmith.fleet.merge.checks import is_number
 from lorasmith.fleet.merge.registry import MergeMethod, get_method
 from lorasmith.fleet.merge.report import Merged, MergedLayer, MergeReport
-from lorasmith.io.convert import plain_lora
-from lorasmith.io.tensors import MemoryTensors
+from lorasmith.io.convert import plain_lora, with_padding
 from lorasmith.io.weights import AdapterWeights, check_finite
 
 if TYPE_CHECKING:
@@ -575,16 +574,7 @@ def _assemble(
     fields = dict(made.peft)
     if narrowed:
         fields["target_modules"] = list(factors)
-    values = {key: made.tensors[key] for key in made.tensors}
-    values |= {f"base_model.model.{key}": value for key, value in padding.items()}
-    return AdapterWeights(
-        config,
-        fields,
-        MemoryTensors(values),
-        base=made.base,
-        padding=tuple(padding),
-        conv1d={n for n, info in infos.items() if info.kind == "conv1d"},
-    )
+    return with_padding(made, fields, padding)
 
 
 def _notes(
