@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +21,7 @@ from lorasmith.training.data import load_rows
 from lorasmith.training.evaluate import evaluate
 from lorasmith.training.models import load_model
 from lorasmith.training.trainer import TrainResult, train
+from tests.training.processes import train_in_two
 from tests.training.tiny import ROWS, make_config, make_tokenizer, write_rows
 
 TASKS = [{**row, "task": "long" if i % 2 == 0 else "short"} for i, row in enumerate(ROWS)]
@@ -413,11 +411,6 @@ def test_an_anchor_that_is_none(config: Callable[..., TrainConfig], anchor: Any)
 # -- several processes -------------------------------------------------------------------------
 
 
-def _environment() -> dict[str, str]:
-    source = str(Path(ls.__file__).parents[1])
-    return {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
 @pytest.mark.slow
 @pytest.mark.integration
 @pytest.mark.parametrize("stress", [False, True])
@@ -431,25 +424,14 @@ def test_two_processes_make_the_run_of_one(
         options["stress"] = MULTI
     script = tmp_path / "both.py"
     script.write_text(_BOTH)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", str(script), str(tmp_path)),
-            *("train", str(base), str(rows), "-o", str(tmp_path / "two"), "--json", "--debug"),
-            *("--steps", "6", "--lr", "1e-2", "--device", "cpu", "--adapter.r", "4"),
-            *("--batch-size", "3", "--packing", "off", "--eval-split", "0.25", "--log-steps", "1"),
-            *("--dynamics", names, "--dynamics-options", json.dumps(options)),
-            *("--max-grad-norm", "0.05"),
-        ],
-        capture_output=True,
-        text=True,
-        env=_environment(),
-        timeout=300,
-        check=False,
+    result = train_in_two(
+        *(base, rows, "-o", tmp_path / "two", "--debug"),
+        *("--steps", "6", "--lr", "1e-2", "--device", "cpu", "--adapter.r", "4"),
+        *("--batch-size", "3", "--packing", "off", "--eval-split", "0.25", "--log-steps", "1"),
+        *("--dynamics", names, "--dynamics-options", json.dumps(options)),
+        *("--max-grad-norm", "0.05"),
+        script=(script, tmp_path),
     )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    result = json.loads(done.stdout)
-    assert result["processes"] == 2
     states = [torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in range(2)]
     assert _equal(*states)
     one = run(

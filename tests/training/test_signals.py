@@ -23,6 +23,7 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.loss import LossOutput, model_loss_output
 from lorasmith.training.trainer import TrainingInterrupted, TrainResult, train
 from tests.training.killing import ACCUMULATION, STEPS, Watched, config, differences
+from tests.training.processes import LAUNCH, environment, train_in_two
 from tests.training.tiny import ROWS, write_rows
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="no such signals")
@@ -332,11 +333,6 @@ def _stuck(folder: Path, call: int, patience: float, leave: float) -> Path:
     return script
 
 
-def _environment() -> dict[str, str]:
-    source = str(Path(ls.__file__).parents[1])
-    return {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
 def _stop(
     command: list[str], there: list[Path], again: float | None = None
 ) -> tuple[int, str, str]:
@@ -346,7 +342,7 @@ def _stop(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=_environment(),
+        env=environment(),
     )
     try:
         _wait_for(lambda: all(p.exists() for p in there) or process.poll() is not None)
@@ -392,15 +388,14 @@ def test_a_batch_that_never_ends(base: Path, rows: Path, tmp_path: Path, twice: 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="its C library")
 def test_two_processes_give_a_step_up_together(base: Path, rows: Path, tmp_path: Path) -> None:
     """In the second of three batches; bit for bit the same after a resume."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = _stuck(tmp_path, 2 * 3 + 2, patience=0.2, leave=1)
     options = [
-        *("train", str(base), str(rows), "--steps", "4", "--lr", "1e-2", "--device", "cpu"),
+        *(str(base), str(rows), "--steps", "4", "--lr", "1e-2", "--device", "cpu"),
         *("--batch-size", "2", "--gradient-accumulation", "3", "--adapter.dropout", "0.2"),
-        *("--dynamics", "gauge,entropy", "--log-steps", "1", "--save-steps", "100", "--json"),
+        *("--dynamics", "gauge,entropy", "--log-steps", "1", "--save-steps", "100"),
     ]
     code, out, err = _stop(
-        [*launch, str(script), *options, "-o", str(tmp_path / "out")],
+        [*LAUNCH, str(script), "train", *options, "-o", str(tmp_path / "out"), "--json"],
         [tmp_path / "there-0", tmp_path / "there-1"],
     )
     assert code != 0
@@ -409,21 +404,10 @@ def test_two_processes_give_a_step_up_together(base: Path, rows: Path, tmp_path:
     result = json.loads(out)
     assert (result["status"], result["checkpoint"]) == ("interrupted", str(path))
     assert sorted(p.name for p in path.parent.iterdir()) == ["checkpoint-2", "training.json"]
-    results = []
-    for name, more in (("whole", []), ("out", ["--resume", "last"])):
-        done = subprocess.run(
-            [
-                *(sys.executable, *launch, "-m", "lorasmith.cli", *options),
-                *("-o", str(tmp_path / name), *more),
-            ],
-            capture_output=True,
-            text=True,
-            env=_environment(),
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        results.append(json.loads(done.stdout))
+    results = [
+        train_in_two(*options, "-o", tmp_path / name, *more)
+        for name, more in (("whole", ()), ("out", ("--resume", "last")))
+    ]
     assert result["tokens"] < results[0]["tokens"] == results[1]["tokens"]
     losses = [[p["loss"] for p in r["losses"]] for r in results]
     assert losses[0] == losses[1]

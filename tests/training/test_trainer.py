@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import shutil
 import signal
 import subprocess
@@ -32,6 +31,7 @@ from lorasmith.training.config import AdapterOptions, TrainConfig
 from lorasmith.training.data import load_rows, tokenise
 from lorasmith.training.models import load_model
 from lorasmith.training.trainer import TrainResult, train
+from tests.training.processes import environment, train_in_two
 from tests.training.tiny import ROWS, make_config, write_rows
 
 
@@ -468,11 +468,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
 CLI = "import sys; from lorasmith.cli import main; sys.exit(main())"
 
 
-def _environment() -> dict[str, str]:
-    source = str(Path(ls.__file__).parents[1])
-    return {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
 @pytest.mark.slow
 @pytest.mark.integration
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -489,7 +484,7 @@ def test_a_signal_writes_a_checkpoint_to_resume_from(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=_environment(),
+        env=environment(),
     )
     deadline = time.monotonic() + 240
     while not checkpoints.list_checkpoints(run.folder / "out"):
@@ -522,22 +517,10 @@ def test_two_processes_make_the_run_of_one(run: Run) -> None:
     """DDP over two CPU processes equals one process with twice the batch."""
     settings = ("--steps", "3", "--lr", "1e-2", "--device", "cpu", "--adapter.r", "4")
     output = run.folder / "two"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", "-m", "lorasmith.cli"),
-            *("train", str(run.base), str(run.rows), "-o", str(output), "--json"),
-            *(*settings, "--batch-size", "3", "--packing", "off", "--eval-split", "0.2"),
-        ],
-        capture_output=True,
-        text=True,
-        env=_environment(),
-        timeout=300,
-        check=False,
+    result = train_in_two(
+        *(run.base, run.rows, "-o", output, *settings),
+        *("--batch-size", "3", "--packing", "off", "--eval-split", "0.2"),
     )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["processes"] == 2
     one = run("one", steps=3, batch_size=6, packing="off", eval_split=0.2)
     assert result["final_loss"] == pytest.approx(one.final_loss, rel=1e-4)
     assert result["eval_loss"] == pytest.approx(one.eval_loss, rel=1e-4)
