@@ -33,8 +33,8 @@ __all__ = ["GIVE_UP_AFTER", "LEAVE_AFTER", "StepGivenUpError", "StopSignals"]
 
 #: Seconds after a signal from which a step is given up.
 GIVE_UP_AFTER = 15.0
-#: Seconds after a signal from which the process is ended from within a batch.
-LEAVE_AFTER = 25.0
+#: Seconds after its checkpoint is written from which the process is ended from within a batch.
+LEAVE_AFTER = 3.0
 #: Seconds for the main thread to act on a second signal.
 _AT_ONCE = 1.0
 #: Seconds within which signals are one.
@@ -205,7 +205,7 @@ class StopSignals:
                 self.saved = True
             if self.saved and not self._wait_for_main:
                 self._end(number)
-        if not self.saved or self._leave is None or self._wait(self._at + LEAVE_AFTER):
+        if not self.saved or self._leave is None or self._wait(time.monotonic() + LEAVE_AFTER):
             return
         with self._main_unchanging() as reached:
             if reached:

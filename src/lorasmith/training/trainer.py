@@ -160,8 +160,8 @@ def train(
             name. It keeps the trained adapter, named ``"default"``.
         tokenizer: Its tokenizer; given if and only if ``model`` is.
         progress: Whether to show progress on stderr.
-        leave: Called from a thread with what would be raised, if a batch still goes on 25 s after
-            a signal and its checkpoint has been written; the process ends when it returns. By
+        leave: Called from a thread with what would be raised, if a batch goes on for 3 s after it
+            was given up and its checkpoint was written; the process ends when it returns. By
             default it goes on, and TrainingInterrupted is raised when the batch is done.
 
     Raises:
