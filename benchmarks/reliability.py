@@ -49,6 +49,8 @@ KINDS = (
 )
 #: Those that several may write at a time, and that have a reader or one open directory.
 SHARED = ("adapter", "fleet", "router", "report", "fused model", "GGUF export")
+#: Those of which a second writer is refused (``tests/training/test_one_run.py``).
+ALONE = {"checkpoint": "one run at a time"}
 
 
 def work(part: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -108,7 +110,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
                 if kills is None
                 else _kills(kills.get("kills", 0), kills.get("during_a_save", 0)),
                 "–" if faults is None else f"{faults.get('faults', 0):,}",
-                "–"
+                ALONE.get(kind, "–")
                 if shared is None
                 else f"{shared.get('saves', 0):,} saves, {shared.get('reads', 0):,} reads",
                 "; ".join(lost) or "nothing",

@@ -1,6 +1,7 @@
-"""Kills training processes at random moments and compares what their runs come to.
+"""Kills or stops training processes at random moments and compares what their runs come to.
 
     python benchmarks/reliability_training.py --count 20 --output results.json
+    python benchmarks/reliability_training.py --signal TERM --count 60
 
 Each run trains an adapter with dropout, accumulation and dynamics on a tiny model (CPU), in a
 process of its own that gets SIGKILL after a random time: one kill in four at any time from its
@@ -9,6 +10,10 @@ call is then made again, and again killed with probability one half, until it co
 last checkpoint (exact tensors, optimiser, state of the dynamics, scheduler, random numbers,
 Trainer's state) and its adapter are compared bit by bit with those of a run that was never killed,
 see ``tests/training/killing.py``.
+
+With ``--signal TERM`` the runs are asked to stop instead, and wait 0, 0.05 or 15 s (drawn anew each
+time) before they give a step up in the middle of a batch. Every second run is without dropout,
+accumulation and dynamics, and is compared with a whole one of its kind.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +39,56 @@ sys.path.insert(0, str(ROOT))
 PRELOAD = ["torch", "transformers", "datasets", "accelerate", "lorasmith.training.trainer"]
 
 
-def _run(base: str, rows: str, output: str) -> None:
+#: Seconds before a step is given up, one of them for each process that gets SIGTERM.
+PATIENCE = (0.0, 0.05, 15.0)
+#: Of a run without dropout, accumulation and dynamics.
+PLAIN = {"gradient_accumulation": 1, "dynamics": ()}
+#: Exit codes of a run that SIGTERM stopped: after a step, and in the middle of a batch.
+STOPPED, GIVEN_UP = 128 + signal.SIGTERM, 100
+
+
+def _run(base: str, rows: str, output: str, plain: bool, patience: float) -> None:
     import logging
 
+    from lorasmith.training import signals, trainer
+    from lorasmith.training.config import AdapterOptions
     from tests.training.killing import Watched, config
 
     # A checkpoint that was being written when the run was killed is told of in a warning.
     logging.getLogger("lorasmith").setLevel(logging.ERROR)
-    Watched().train(config(Path(base), Path(rows), Path(output)))
+    signals.GIVE_UP_AFTER = patience
+    changes: dict[str, Any] = {**PLAIN, "adapter": AdapterOptions(r=4)} if plain else {}
+    codes = [STOPPED]
+    save = trainer.CheckpointingTrainer.save_last_step
+
+    def saved(self: Any) -> int:
+        tokens = save(self)
+        codes.append(GIVEN_UP)
+        return tokens
+
+    trainer.CheckpointingTrainer.save_last_step = saved  # type: ignore[method-assign]
+    try:
+        Watched().train(config(Path(base), Path(rows), Path(output), **changes))
+    except trainer.TrainingInterrupted:
+        sys.exit(codes[-1])
 
 
 def _one(
-    context: Any, arguments: tuple[str, str, str], seconds: float | None, *, wait: bool = False
-) -> bool:
-    """Starts a run; True if it came to its end before it was killed.
+    context: Any,
+    arguments: tuple[str, str, str, bool, float],
+    seconds: float | None,
+    *,
+    wait: bool = False,
+    number: int = signal.SIGKILL,
+) -> int:
+    """Starts a run; returns its exit code, 0 if it came to its end before the signal.
 
     Args:
         context: Where processes come from.
         arguments: Of the run.
         seconds: When to kill it; ``None`` for never.
         wait: Whether the seconds count from its first new checkpoint on.
+        number: The signal.
     """
     before = _newest(arguments[2])
     process = context.Process(target=_run, args=arguments)
@@ -61,11 +97,11 @@ def _one(
         time.sleep(0.002)
     process.join(seconds)
     if process.exitcode is None:
-        os.kill(process.pid, signal.SIGKILL)
+        os.kill(process.pid, number)
         process.join()
-    if process.exitcode not in (0, -signal.SIGKILL):
+    if process.exitcode not in (0, -number, STOPPED, GIVEN_UP):
         raise SystemExit(f"a run ended by itself with {process.exitcode}")
-    return bool(process.exitcode == 0)
+    return int(process.exitcode)
 
 
 def _newest(output: str) -> str | None:
@@ -75,8 +111,8 @@ def _newest(output: str) -> str | None:
     return found[0].name if found else None
 
 
-def measure(count: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Kills ``count`` runs at least once each."""
+def measure(count: int, seed: int, folder: Path, number: int) -> dict[str, Any]:
+    """Sends that signal to ``count`` runs, at least once to each."""
     from lorasmith.training import checkpoints
     from tests.training.killing import differences
     from tests.training.tiny import save_tiny, write_rows
@@ -85,41 +121,63 @@ def measure(count: int, seed: int, folder: Path) -> dict[str, Any]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     base, rows = save_tiny(folder / "base"), write_rows(folder / "rows.jsonl")
-    whole = folder / "whole"
-    _one(context, (str(base), str(rows), str(whole)), None)  # starts the server, too
+    asked = number == signal.SIGTERM
+
+    def of(output: Path, plain: bool = False) -> tuple[str, str, str, bool, float]:
+        return str(base), str(rows), str(output), plain, generator.choice(PATIENCE)
+
+    wholes = [folder / "whole", *([folder / "whole-plain"] if asked else [])]
+    for plain, whole in enumerate(wholes):
+        _one(context, of(whole, bool(plain)), None)  # starts the server, too
     began = time.monotonic()
-    _one(context, (str(base), str(rows), str(folder / "second")), None)
+    _one(context, of(folder / "second"), None)
     typical = time.monotonic() - began
     began = time.monotonic()
-    _one(context, (str(base), str(rows), str(folder / "third")), 0.0, wait=True)
+    _one(context, of(folder / "third"), 0.0, wait=True)
     training = max(0.05, typical - (time.monotonic() - began))
-    wrong = {"second": found} if (found := differences(whole, folder / "second")) else {}
-    kills, resumed_at = 0, []
-    for number in range(count):
-        output = folder / f"run-{number}"
-        arguments = (str(base), str(rows), str(output))
-        killed = False
+    wrong = {"second": found} if (found := differences(wholes[0], folder / "second")) else {}
+    ends: Counter[int] = Counter()
+    resumed_at = []
+    for index in range(count):
+        output = folder / f"run-{index}"
+        plain = index % len(wholes)
+        hit = False
         while True:
-            again = not killed or generator.random() < 0.5
+            again = not hit or generator.random() < 0.5
             early = generator.random() < 0.25
             seconds = generator.uniform(0.0, typical if early else training)
-            if _one(context, arguments, seconds if again else None, wait=again and not early):
-                if killed:
+            code = _one(
+                context,
+                of(output, bool(plain)),
+                seconds if again else None,
+                wait=again and not early,
+                number=number,
+            )
+            if code == 0:
+                if hit:
                     break
                 # It was quicker than the signal: once more from the start.
                 shutil.rmtree(output)
                 continue
-            killed = True
-            kills += 1
+            hit = True
+            ends[code] += 1
             found_now = checkpoints.list_checkpoints(output)
             resumed_at.append(checkpoints.step_of(found_now[0]) if found_now else 0)
         left = [p.name for p in output.iterdir() if p.name.startswith(".")]
-        if problems := [*differences(whole, output), *(f"left: {name}" for name in left)]:
+        found = differences(wholes[plain], output)
+        if problems := [*found, *(f"left: {name}" for name in left)]:
             wrong[output.name] = problems
-        print(f"{number + 1} of {count} runs, {kills} kills, {len(wrong)} different", flush=True)
+        print(
+            f"{index + 1} of {count} runs, {ends.total()} signals, {len(wrong)} different",
+            flush=True,
+        )
+    stopped = {"stopped_after_a_step": ends[STOPPED], "given_up_in_a_batch": ends[GIVEN_UP]}
     return {
         "runs": count,
-        "kills": kills,
+        "signal": signal.Signals(number).name,
+        # By SIGTERM: while the model was being loaded.
+        "kills": ends[-number],
+        **(stopped if asked else {}),
         "resumed_at_steps": resumed_at,
         "different": wrong,
         "seconds_of_a_run": round(typical, 2),
@@ -132,12 +190,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(given.count, given.seed, Path(folder))
+        number = signal.Signals[f"SIG{given.signal}"]
+        result = measure(given.count, given.seed, Path(folder), number)
     print(json.dumps(result))
     if given.output is not None:
         given.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -683,6 +683,20 @@ def test_loaded_state_of_an_added_parameter_goes_where_the_parameter_is() -> Non
         assert state["step"].device.type == "cpu"
 
 
+def test_loaded_state_of_another_shape_than_the_added_parameter() -> None:
+    """A fused optimiser would write beyond its end."""
+    model, _, optimizer, watch = _setup()
+    with ls.Dynamics(model, watch, optimizer) as driver:
+        driver.context.stash["new"] = {"exp_avg": torch.zeros(1), "step": torch.zeros(())}
+        parameter = nn.Parameter(torch.zeros(2))
+        with pytest.raises(TrainingError) as caught:
+            driver.context.add_parameter("new", parameter)
+        assert caught.value.key == "new exp_avg"
+        assert parameter not in optimizer.state
+        assert "new" not in driver.context.added
+        assert not any(p is parameter for g in optimizer.param_groups for p in g["params"])
+
+
 @pytest.mark.parametrize("rules", ["gauge", ls.GaugeProjection, torch.optim.SGD, 3])
 def test_what_is_no_rule_is_shown_as_given(rules: Any) -> None:
     model = llama()

@@ -478,6 +478,26 @@ FLEETS: dict[str, Hostile] = {
     "an id with NUL": Hostile(
         manifest(lambda m: m["adapters"][0].update(id="a\0b")), file="", got=False
     ),
+    "an id of a list": Hostile(
+        manifest(lambda m: m["adapters"][0].update(id=["a"])), file=MANIFEST, key="id"
+    ),
+    "a record of other sizes": Hostile(
+        manifest(lambda m: [s.update({k: [31, 40] for k in s}) for s in m["records"]["sizes"]]),
+        file=MANIFEST,
+        key="model",
+    ),
+    "a record of rank 0": Hostile(
+        manifest(lambda m: [s.update(dict.fromkeys(s, 0)) for s in m["records"]["ranks"]]),
+        file=MANIFEST,
+        key="record",
+        got=False,
+    ),
+    "a record with a number for modules_to_save": Hostile(
+        manifest(lambda m: [s.update(modules_to_save=4) for s in m["records"]["peft"]]),
+        file=MANIFEST,
+        key="record",
+        got=False,
+    ),
     "an id of 300 characters": Hostile(
         manifest(lambda m: m["adapters"][0].update(id="x" * 300)), file="", got=False
     ),
@@ -506,6 +526,17 @@ FLEETS: dict[str, Hostile] = {
         manifest(lambda m: m["adapters"][0]["record"].update(config=10**9)),
         file=MANIFEST,
         got=False,
+    ),
+    "a configuration with an unknown option": Hostile(
+        manifest(lambda m: [c.update(os="system") for c in m["records"]["config"]]),
+        file=MANIFEST,
+        key="record",
+        got=False,
+    ),
+    "a fingerprint of something else": Hostile(
+        manifest(lambda m: m["base"].update(fingerprint={"structure": 1})),
+        file=MANIFEST,
+        key="fingerprint",
     ),
     "budget NaN": Hostile(raw("budget", "NaN", MANIFEST), file=MANIFEST, key="budget"),
 }
@@ -556,6 +587,10 @@ GGUFS: dict[str, Hostile] = {
     "a list of 2^60 texts": Hostile(_list(8, 2**60), key="a.list"),
     "a list of lists": Hostile(_list(9, 3), key="a.list"),
     "a key of 2^60 characters": Hostile(_at(24, 2**60), key="entry"),
+    "2^31 layers": Hostile(after(b"llama.block_count", 4, 2**31, 4), key="block_count"),
+    "2^31 heads": Hostile(
+        after(b"llama.attention.head_count_kv", 4, 2**31, 4), key="head_count_kv"
+    ),
     "2^31 dimensions": Hostile(after(_TENSOR, 0, 2**31, 4), key="attn_q"),
     "2^40 x 2^40": Hostile(after(_TENSOR, 4, 2**104 + 2**40, 16), key="attn_q"),
     "a size of 0": Hostile(after(_TENSOR, 4, 0), key="attn_q"),

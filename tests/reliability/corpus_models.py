@@ -174,11 +174,23 @@ def _one_more(group: dict[str, Any]) -> None:
     dict(group["dict"])["params"].append(7)
 
 
-def _moment(change: Callable[[Tensor], Tensor]) -> Spoil:
-    """Changes the first moments of the optimiser."""
+def _option(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Changes an option of the optimiser's first group."""
+    for pair in dict(tree["dict"])["param_groups"][0]["dict"]:
+        if pair[0] == key:
+            pair[1] = value
+
+
+def _values_of_first(tree: dict[str, Any]) -> Any:
+    """What the optimiser keeps of its first parameter, as pairs."""
+    return dict(tree["dict"])["state"]["dict"][0][1]["dict"]
+
+
+def _moment(change: Callable[[Tensor], Tensor], dimensions: int = 2) -> Spoil:
+    """Changes the first moments of the optimiser, or its count of steps."""
 
     def run(tensors: dict[str, Tensor]) -> None:
-        key = next(k for k, v in tensors.items() if v.dim() == 2)
+        key = next(k for k, v in tensors.items() if v.dim() == dimensions)
         tensors[key] = change(tensors[key])
 
     return edit_tensors(run, OPTIMIZER)
@@ -208,10 +220,15 @@ def _pickled(name: str) -> Spoil:
     return lambda folder: torch.save({"state": Code()}, folder / name)
 
 
-def _named_outside(folder: Path) -> None:
-    manifest = json.loads((folder / SEAL).read_text())
-    manifest["files"]["../../x"] = {"size": 0, "sha256": ""}
-    (folder / SEAL).write_text(json.dumps(manifest))
+def _named(name: str) -> Spoil:
+    """Lets the manifest name one more file."""
+
+    def spoil(folder: Path) -> None:
+        manifest = json.loads((folder / SEAL).read_text())
+        manifest["files"][name] = {"size": 0, "sha256": ""}
+        (folder / SEAL).write_text(json.dumps(manifest))
+
+    return spoil
 
 
 CHECKPOINTS: dict[str, Hostile] = {
@@ -219,7 +236,9 @@ CHECKPOINTS: dict[str, Hostile] = {
     "manifest of a million lists": _checkpoint(
         edit_bytes(lambda d: b'{"a": [' + b"[]," * 10**6 + b"[]]}", SEAL), STEP, sealed=False
     ),
-    "manifest names files elsewhere": _checkpoint(_named_outside, STEP, sealed=False),
+    "manifest names files elsewhere": _checkpoint(_named("../../x"), STEP, sealed=False),
+    "manifest of the future": _checkpoint(fields(SEAL, format=99), STEP, sealed=False),
+    "manifest names a file of 300 characters": _checkpoint(_named("x" * 300), STEP, sealed=False),
     "optimiser truncated": _checkpoint(edit_bytes(lambda d: d[:-9], OPTIMIZER), STEP, sealed=False),
     "run broken": _checkpoint(edit_bytes(lambda d: d[:-9], RUN), RUN),
     "run of nothing": _checkpoint(edit_bytes(lambda d: b"{}", RUN), RUN, RUN),
@@ -229,6 +248,15 @@ CHECKPOINTS: dict[str, Hostile] = {
     "trainer of the future": _checkpoint(fields(TRAINER, os="system"), TRAINER, "os"),
     "trainer at step 10^9": _checkpoint(fields(TRAINER, global_step=10**9), TRAINER, "global"),
     "trainer at step -1": _checkpoint(fields(TRAINER, global_step=-1), TRAINER, "global"),
+    "trainer with callbacks of a number": _checkpoint(
+        fields(TRAINER, stateful_callbacks=0.5), TRAINER, "stateful_callbacks"
+    ),
+    "trainer without a batch size": _checkpoint(
+        fields(TRAINER, train_batch_size=None), TRAINER, "train_batch_size"
+    ),
+    "trainer with the best in a list": _checkpoint(
+        fields(TRAINER, best_model_checkpoint=[1]), TRAINER, "best_model_checkpoint"
+    ),
     "trainer with a log of numbers": _checkpoint(
         fields(TRAINER, log_history=[1]), TRAINER, "log_history"
     ),
@@ -267,9 +295,47 @@ CHECKPOINTS: dict[str, Hostile] = {
         OPTIMIZER,
         OPTIMIZER,
     ),
+    "optimiser with another switch": _checkpoint(
+        _state(OPTIMIZER, lambda tree: _option(tree, "differentiable", True)),
+        OPTIMIZER,
+        "differentiable",
+    ),
+    "optimiser with a learning rate of a text": _checkpoint(
+        _state(OPTIMIZER, lambda tree: _option(tree, "lr", "os")), OPTIMIZER, "lr"
+    ),
+    "optimiser without a moment": _checkpoint(
+        _state(OPTIMIZER, lambda tree: _values_of_first(tree).pop() and None), OPTIMIZER, "state"
+    ),
+    # A fused kernel takes the sizes of the parameters, and writes beyond the end.
+    "moments of one number": _checkpoint(
+        _moment(lambda v: v[:1, :1].clone()), OPTIMIZER, "exp_avg"
+    ),
+    "optimiser at step -1": _checkpoint(
+        _moment(lambda v: v.fill_(-1.0), dimensions=0), OPTIMIZER, "step"
+    ),
     "moments NaN": _checkpoint(_moment(lambda v: v * NAN), OPTIMIZER, "exp_avg"),
     "moments of another shape": _checkpoint(_moment(lambda v: v[:1, :2]), OPTIMIZER, "exp_avg"),
     "scheduler of a list": _checkpoint(_state(SCHEDULER, lambda tree: [1]), SCHEDULER, SCHEDULER),
+    "scheduler with a field of its optimiser": _checkpoint(
+        _state(SCHEDULER, lambda tree: tree["dict"].append(["optimizer", [1]])),
+        SCHEDULER,
+        "optimizer",
+    ),
+    "scheduler of texts": _checkpoint(
+        _state(SCHEDULER, lambda tree: [p.__setitem__(1, "x") for p in tree["dict"]] and None),
+        SCHEDULER,
+        "",
+    ),
+    "optimiser with a text for a moment": _checkpoint(
+        _state(OPTIMIZER, lambda tree: _values_of_first(tree)[-1].__setitem__(1, "os")),
+        OPTIMIZER,
+        "exp_avg",
+    ),
+    "random numbers below 0": _checkpoint(
+        _state(RANDOM, lambda tree: dict(tree["dict"])["numpy"][1].__setitem__(0, -1)),
+        RANDOM,
+        RANDOM,
+    ),
     "random numbers of texts": _checkpoint(
         _state(RANDOM, lambda tree: {"dict": [["python", "x"], ["numpy", "y"], ["cpu", "z"]]}),
         RANDOM,
@@ -321,6 +387,17 @@ BASES: dict[str, Hostile] = {
         edit_bytes(lambda d: b'{"a": [' + b"[]," * 10**6 + b"[]]}", CONFIG), CONFIG
     ),
     "a billion layers": _base(fields(CONFIG, num_hidden_layers=10**9), "", "num_hidden_layers"),
+    "a billion layers of a class that lists them": _base(
+        fields(CONFIG, model_type="qwen2", num_hidden_layers=10**9), CONFIG, "num_hidden_layers"
+    ),
+    "a billion layers inside": _base(
+        fields(CONFIG, text_config={"num_hidden_layers": 10**9}), CONFIG, "num_hidden_layers"
+    ),
+    "a billion heads": _base(
+        fields(CONFIG, num_key_value_heads=10**9), CONFIG, "num_key_value_heads"
+    ),
+    "a billion labels": _base(fields(CONFIG, num_labels=10**9), CONFIG, "num_labels"),
+    "a class that is no model": _base(fields(CONFIG, architectures=["Seq2SeqTrainer"]), "", by=()),
     "layers of a text": _base(fields(CONFIG, num_hidden_layers="os"), "", by=()),
     "truncated": _base(edit_bytes(lambda d: d[: len(d) // 2], WEIGHTS)),
     "empty": _base(edit_bytes(lambda d: b"", WEIGHTS)),
@@ -350,6 +427,9 @@ BASES: dict[str, Hostile] = {
     "index names files outside": _base(
         _index({"weight_map": {Q0: "../../x.safetensors"}}), INDEX, "weight_map"
     ),
+    "index names a file of 300 characters": _base(
+        _index({"weight_map": {Q0: "x" * 300}}), INDEX, "weight_map"
+    ),
     "index without its shard": _base(
         _index({"weight_map": {Q0: "model-00001-of-00002.safetensors"}}), "a", got=False
     ),
@@ -357,6 +437,18 @@ BASES: dict[str, Hostile] = {
         edit_tensors(lambda t: t[Q0].view(-1)[:1].fill_(NAN), WEIGHTS),
         WEIGHTS,
         "q_proj",
+        by=("fuse",),
+    ),
+    "a head of half its rows": _base(
+        edit_tensors(lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:24]}), WEIGHTS),
+        "",
+        "lm_head",
+        by=("fuse",),
+    ),
+    "a norm NaN, which no adapter is on": _base(
+        edit_tensors(lambda t: t["model.norm.weight"].view(-1)[:1].fill_(NAN), WEIGHTS),
+        WEIGHTS,
+        "norm",
         by=("fuse",),
     ),
     "a layer of another shape": _base(

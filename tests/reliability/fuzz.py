@@ -240,9 +240,9 @@ class Readers:
         return tree(found) + (out / "config.json").read_text()
 
     def diagnosed(self, folder: Path) -> str:
-        """What an adapter does to a base model."""
+        """What an adapter does to a base model; of a weight that is 0, all is new."""
         report = ls.diagnose(folder, self.of_base(folder), spectrum=True)
-        units = [(u.theta_deg, u.norm_ratio, u.relative_change) for u in report.units]
+        units = [(u.theta_deg, u.norm_ratio if u.weight_norm else 0.0) for u in report.units]
         return tree(units) + repr([(s.name, s.reason) for s in report.skipped])
 
     def of_base(self, folder: Path) -> Path:
@@ -293,6 +293,9 @@ class Readers:
         )
         state = self.trainer.lr_scheduler.state_dict()
         self.schedule = {k: v for k, v in state.items() if k != "lr_lambdas"}
+        self.options = [
+            {k: v for k, v in group.items() if k != "params"} for group in raw.param_groups
+        ]
         # As if it had been killed in its last step.
         self.told = (self.run / "training.json").read_text()
         for path in self.run.iterdir():
@@ -304,6 +307,7 @@ class Readers:
         from dataclasses import replace
 
         from transformers import TrainerState
+        from transformers.trainer_utils import compare_trainer_and_checkpoint_args
 
         from lorasmith.training.checkpoints import choose_checkpoint
         from lorasmith.training.resuming import Before
@@ -317,12 +321,18 @@ class Readers:
         before.check_base(self.tiny, self.tokenizer)
         one = self.trainer
         vars(one.lr_scheduler).update(copy.deepcopy(self.schedule))
+        for group, options in zip(one.optimizer.param_groups, self.options, strict=True):
+            parameters = group["params"]
+            group.clear()
+            group.update(copy.deepcopy(options), params=parameters)
         one.best_state = one.best_dynamics = None
         one.optimizer.state.clear()
         one._load_from_checkpoint(str(checkpoint))
         one._load_optimizer_and_scheduler(str(checkpoint))
         one._load_rng_state(str(checkpoint))
         state = TrainerState.load_from_json(str(checkpoint / corpus_models.TRAINER))
+        compare_trainer_and_checkpoint_args(one.args, state)
+        Path(state.best_model_checkpoint or ".").is_dir()
         told = tree(
             [
                 one.adapter.state_dict(),
@@ -417,7 +427,7 @@ def mutate_json(value: Any, rng: random.Random) -> Any:
         elif kind == 2:
             holder[key] = json.loads(json.dumps(other[there]))
         elif kind == 3:
-            holder[key] = rng.choice(VALUES)
+            holder[key] = copy.deepcopy(rng.choice(VALUES))
         else:
             old = holder[key]
             near = isinstance(old, int | float) and rng.random() < 0.4

@@ -217,6 +217,32 @@ def test_a_model_of_a_billion_layers_is_refused() -> None:
     assert caught.value.key == "num_hidden_layers"
 
 
+@pytest.mark.parametrize(
+    ("key", "fields"),
+    [
+        ("num_hidden_layers", {"model_type": "qwen2", "num_hidden_layers": 10**9}),
+        ("num_labels", {"model_type": "llama", "num_labels": 10**9}),
+        ("num_experts", {"model_type": "qwen2_moe", "num_experts": 10**6}),
+        ("num_key_value_heads", {"model_type": "llama", "num_key_value_heads": 10**9}),
+        ("num_layers", {"model_type": "x", "text_config": {"num_layers": 10**9}}),
+    ],
+)
+def test_counts_are_refused_before_transformers_makes_lists_of_them(
+    key: str, fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    def made(*_: Any, **__: Any) -> None:
+        raise AssertionError("the configuration was made")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", made)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ModelError) as caught:
+        load_config(resolve_model(tmp_path))
+    assert caught.value.key == key
+    assert caught.value.file == str(tmp_path)
+
+
 # Secrets ------------------------------------------------------------------------------------------
 
 SECRETS = {

@@ -148,7 +148,7 @@ def test_empty_answers(
     with pytest.raises(DataError, match="Every answer is empty") as caught:
         run(data)
     _whole(caught.value, data, "data")
-    full = {"prompt": "Count", "completion": "1"}
+    full: dict[str, Any] = {"prompt": "Count", "completion": "1"}
     if "messages" in row:
         full = {"messages": [row["messages"][0], {"role": "assistant", "content": "1"}]}
     write_rows(data, [row, full, row])
@@ -201,11 +201,10 @@ def test_files_that_are_not_what_they_are_called(tmp_path: Path, name: str) -> N
 
 
 def test_a_parquet_file_under_another_name(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    from datasets import Dataset
 
     data = tmp_path / "a.jsonl"
-    pq.write_table(pa.table({"prompt": ["a"] * 3, "completion": ["b"] * 3}), data)
+    Dataset.from_dict({"prompt": ["a"] * 3, "completion": ["b"] * 3}).to_parquet(str(data))
     with pytest.raises(DataError, match="looks like parquet") as caught:
         load_rows(str(data))
     assert ".parquet" in str(caught.value.fix)

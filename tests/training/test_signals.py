@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lorasmith.cli import main
 from lorasmith.training import checkpoints, parts, signals, trainer
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.loss import LossOutput, model_loss_output
+from lorasmith.training.signals import StepGivenUpError, StopSignals
 from lorasmith.training.trainer import TrainingInterrupted, TrainResult, train
 from tests.training.killing import ACCUMULATION, STEPS, Watched, config, differences
 from tests.training.processes import LAUNCH, environment, train_in_two
@@ -37,6 +39,14 @@ MULTI = {
     "cooldown": 2,
     "every": 1,
 }
+
+
+@pytest.fixture(autouse=True)
+def _not_ignored() -> Iterator[None]:
+    """The suite may run behind a shell's ``&``, which ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
@@ -415,6 +425,114 @@ def test_two_processes_give_a_step_up_together(base: Path, rows: Path, tmp_path:
     for module in first.modules:
         for name, value in first.state(module).values.items():
             assert torch.equal(value, second.state(module).values[name])
+
+
+# -- the signals by themselves -----------------------------------------------------------------
+
+
+def test_ctrl_c_again_while_the_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It acts at once where the main thread waits for the one that writes, which ends well."""
+    monkeypatch.setattr(signals, "GIVE_UP_AFTER", 0.0)
+    monkeypatch.setattr(signals, "_SAME", 0.05)
+    failed: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    writing, enough = threading.Event(), threading.Event()
+    done: list[bool] = []
+
+    def save() -> None:
+        writing.set()
+        enough.wait(10)
+        time.sleep(0.2)
+        done.append(True)
+
+    def again() -> None:
+        writing.wait(10)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stop = StopSignals(save)
+    sender = threading.Thread(target=again)
+    with pytest.raises(KeyboardInterrupt), stop:  # noqa: PT012 - from within, and out of it
+        sender.start()
+        try:
+            with stop.unchanging():
+                os.kill(os.getpid(), signal.SIGINT)
+                writing.wait(10)
+        except KeyboardInterrupt:
+            assert not enough.is_set()
+            enough.set()
+            raise
+    sender.join()
+    assert done == [True]
+    assert failed == []
+    assert not [t for t in threading.enumerate() if t.name.startswith("lorasmith-signals")]
+
+
+def test_nobody_reads_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal may be gone: standard error cannot be written then."""
+    monkeypatch.setattr(signals, "GIVE_UP_AFTER", 0.0)
+    saved = threading.Event()
+    reading, writing = os.pipe()
+    os.close(reading)
+    stderr = os.dup(2)
+    os.dup2(writing, 2)
+    stop = StopSignals(saved.set)
+    try:
+        with stop, pytest.raises(StepGivenUpError), stop.unchanging():
+            os.kill(os.getpid(), signal.SIGTERM)
+            saved.wait(5)
+    finally:
+        os.dup2(stderr, 2)
+        for one in (stderr, writing):
+            os.close(one)
+    assert stop.saved
+
+
+def test_again_after_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step is given up any more, and still the second signal ends at once."""
+    monkeypatch.setattr(signals, "_SAME", 0.05)
+    stop = StopSignals(None)
+    with stop:
+        stop.keep_step()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the same one
+        assert stop.received == signal.SIGINT
+        time.sleep(0.1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_was_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell starts ``COMMAND &`` so, for Ctrl-C is not meant for it; and a handler of C stays."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    real = signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda n: None if n == signal.SIGTERM else real(n))
+    terminating = real(signal.SIGTERM)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+            assert stop.received is None
+            assert real(signal.SIGTERM) is terminating
+        assert real(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_other_signals_reach_an_event_loop() -> None:
+    """They come to it through the descriptor that we take."""
+
+    async def training() -> list[int]:
+        found: list[int] = []
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGUSR1, found.append, 1)
+        with StopSignals():
+            os.kill(os.getpid(), signal.SIGUSR1)
+        await asyncio.sleep(0.05)
+        loop.remove_signal_handler(signal.SIGUSR1)
+        return found
+
+    assert asyncio.run(training()) == [1]
 
 
 # -- parts of a checkpoint ---------------------------------------------------------------------

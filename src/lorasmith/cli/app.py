@@ -105,12 +105,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
             values = yaml.load(file, Loader)  # noqa: S506
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            "The configuration file cannot be read.", got=error, file=path, key="--config"
+            "The configuration file cannot be read.",
+            expected="a YAML file in UTF-8",
+            got=error,
+            fix="check the path, its permissions and its encoding",
+            file=path,
+            key="--config",
         ) from error
     except yaml.YAMLError as error:
         raise ConfigError(
             "The configuration file is not YAML.",
+            expected="a mapping of option names to values, without tags",
             got=" ".join(str(error).split()),
+            fix="correct the line that is named",
             file=path,
             key="--config",
         ) from error
@@ -121,6 +128,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             "The configuration file does not hold options.",
             expected="a mapping of option names to values",
             got=type(values).__name__,
+            fix="write one NAME: VALUE on each line",
             file=path,
             key="--config",
         )

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lorasmith.cli.file_output import check_file
 from lorasmith.cli.output import Common, CommonOptions, emit, grid, number, session, stderr
 from lorasmith.errors import ConfigError, MissingDependencyError, ModelError
 from lorasmith.io.atomic import replace_text
@@ -178,6 +179,7 @@ def _check(
                     got=path.name,
                     key=key,
                 )
+            check_file(path, key)
     if several and any(p.suffix.lower() == ".npz" for p in output):
         raise ConfigError(
             "An npz file holds one report.",

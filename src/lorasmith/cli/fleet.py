@@ -17,6 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lorasmith.cli.file_output import check_file
 from lorasmith.cli.output import Common, CommonOptions, emit, grid, number, session, stderr
 from lorasmith.errors import AdapterFileError, ConfigError, LorasmithError
 
@@ -126,6 +127,8 @@ def analyze(
                     got=path.name,
                     key="--plot",
                 )
+            target = path.expanduser()
+            check_file(target if path.suffix else target / "figure", "--plot")
         from lorasmith.fleet import analysis
         from lorasmith.fleet.similarity import similarity
         from lorasmith.progress import bar

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
+from lorasmith.cli.file_output import check_file
 from lorasmith.cli.output import Common, CommonOptions, emit, grid, number, session, stderr
 from lorasmith.errors import ConfigError
 
@@ -65,6 +66,8 @@ def benchmark(
                 got=plot.name,
                 key="--plot",
             )
+        if plot is not None:
+            check_file(plot.expanduser(), "--plot")
         budgets, bases, codecs = _budgets(error), _listed(basis, "--basis"), _listed(quantize)
         from lorasmith.fleet import benchmark as measuring
         from lorasmith.progress import bar

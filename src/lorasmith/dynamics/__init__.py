@@ -6,7 +6,8 @@ Transformers' Trainer, ``registry`` finds them by name; every other file is one 
 
 from __future__ import annotations
 
-from lorasmith.dynamics.driver import Context, Dynamics
+from lorasmith.dynamics.context import Context
+from lorasmith.dynamics.driver import Dynamics
 from lorasmith.dynamics.protocol import Dynamic, Site, Statistics, Step
 from lorasmith.dynamics.sites import find_sites
 

@@ -19,8 +19,10 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorasmith.dynamics.driver import Changed, Dynamics, as_rules, check_changed
+from lorasmith.dynamics.carried_state import Changed, check_changed
+from lorasmith.dynamics.driver import Dynamics
 from lorasmith.dynamics.protocol import Dynamic
+from lorasmith.dynamics.rules import as_rules
 from lorasmith.errors import MissingDependencyError
 
 try:

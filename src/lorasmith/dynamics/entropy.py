@@ -47,7 +47,7 @@ from lorasmith.dynamics.protocol import Dynamic, Need, Site, Step, plain
 from lorasmith.errors import ConfigError, DataError, TrainingError
 
 if TYPE_CHECKING:
-    from lorasmith.dynamics.driver import Context
+    from lorasmith.dynamics.context import Context
 
 __all__ = ["EntropyGovernor", "TokenStatistics", "token_statistics"]
 

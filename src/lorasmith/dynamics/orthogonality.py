@@ -83,7 +83,7 @@ from lorasmith.dynamics.protocol import Dynamic, Need, Site, Step
 from lorasmith.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
-    from lorasmith.dynamics.driver import Context
+    from lorasmith.dynamics.context import Context
 
 __all__ = [
     "OrthogonalityPenalty",

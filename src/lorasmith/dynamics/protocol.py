@@ -37,7 +37,7 @@ from lorasmith.core.layers import LayerInfo
 from lorasmith.core.variant import Factors
 
 if TYPE_CHECKING:
-    from lorasmith.dynamics.driver import Context
+    from lorasmith.dynamics.context import Context
 
 __all__ = ["Dynamic", "Need", "Site", "Statistics", "Step"]
 

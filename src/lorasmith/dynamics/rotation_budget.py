@@ -71,7 +71,7 @@ from lorasmith.dynamics.protocol import Dynamic, Site, Step
 from lorasmith.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lorasmith.dynamics.driver import Context
+    from lorasmith.dynamics.context import Context
 
 __all__ = ["RotationBudget"]
 

@@ -126,12 +126,22 @@ class Plan:
                 changed = changes.replacements.get(f"{head}.bias")
                 if size == now and bias is not None and changed is None and bias.shape[0] != now:
                     size = bias.shape[0]
+                if size != now and new is None and other is None and changed is None:
+                    raise ModelError(
+                        "Embedding and head of the base model have different numbers of rows.",
+                        expected=f"{now:,} rows in {head}, as in {module}",
+                        got=f"{size:,}",
+                        file=self._base.folder or self._base.resolved.path,
+                        fix="download or copy the base model again",
+                        key=head,
+                    )
                 if size != now:
                     raise FuseError(
                         "The vocabulary is resized in one end of the model and not in the other: "
                         "the rows that the other would need are in none of the files.",
                         expected=f"{now:,} rows in {head}, as in {module}",
                         got=f"{size:,}",
+                        file=changes.parts[0].file,
                         fix="save the adapter again with both (PEFT: "
                         "save_embedding_layers=True, or both in modules_to_save)",
                         key=head,

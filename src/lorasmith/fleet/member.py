@@ -335,11 +335,14 @@ class MemberRecord:
             )
             config_from_dict(record.config)
             dtype_of(record.dtype)
+            saved = record.peft.get("modules_to_save")
+            if saved is not None and not all(isinstance(name, str) for name in list(saved)):
+                raise TypeError(f"modules_to_save cannot be {saved!r}"[:200])
             for module, size in record.sizes.items():
                 # What is rebuilt is filled up to its old rank: an impossible one takes all memory.
                 if min(size) < 0 or max(size) >= 2**31:
                     raise ValueError(f"{module} cannot have the sizes {size}")
-                if not 0 <= record.ranks.get(module, 0) <= max(256, 2 * max(size)):
+                if not 1 <= record.ranks.get(module, 1) <= max(256, 2 * max(size)):
                     raise ValueError(f"{module} cannot have the rank {record.ranks[module]}")
         except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
             reason = error.what if isinstance(error, LorasmithError) else repr(error)

@@ -49,7 +49,7 @@ from lorasmith.errors import (
 )
 from lorasmith.fleet.members import check_id, unknown_id
 from lorasmith.fleet.multitask import MultiTaskModel
-from lorasmith.io.atomic import read_one_generation, replace_files
+from lorasmith.io.atomic import explained_failure, read_one_generation, replace_files
 from lorasmith.io.fingerprint import Fingerprint, fingerprint
 from lorasmith.io.strict import check_inside, read_object
 from lorasmith.io.tensors import FileTensors, sha256_of
@@ -492,14 +492,8 @@ class TaskRouter:
             (stage / CONFIG).write_text(text + "\n", encoding="utf-8")
             shutil.copymode(stage / CONFIG, stage / TENSORS)
 
-        try:
+        with explained_failure("The router", target):
             replace_files(target, {CONFIG, TENSORS}, write)
-        except OSError as error:
-            raise AdapterFileError(
-                f"The router could not be written: {error}.",
-                file=target,
-                fix="check free space and permissions of the directory above",
-            ) from error
         return target
 
     @classmethod

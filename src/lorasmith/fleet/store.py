@@ -32,7 +32,7 @@ from lorasmith.fleet.codec import Rows, codec_of
 from lorasmith.fleet.codes import ABSENT, DIAGONAL, FACTORED, FULL, LOADINGS, PARTS, Layer
 from lorasmith.fleet.members import MemberRecord, check_id
 from lorasmith.fleet.records import Adapter
-from lorasmith.io.atomic import read_one_generation, replace_files
+from lorasmith.io.atomic import explained_failure, read_one_generation, replace_files
 from lorasmith.io.fingerprint import Fingerprint
 from lorasmith.io.hub import fetch, release
 from lorasmith.io.strict import check_inside, read_object
@@ -126,14 +126,8 @@ def save(subspace: SharedSubspace, path: str | os.PathLike[str]) -> Path:
         made["generation"] = sha256_of(folder / MANIFEST)
         made["disk"] = sum(f.stat().st_size for f in folder.iterdir() if f.name in OWNED)
 
-    try:
+    with explained_failure("The subspace", target):
         replace_files(target, OWNED, write)
-    except OSError as error:
-        raise AdapterFileError(
-            f"The subspace could not be written: {error}.",
-            file=target,
-            fix="check free space and permissions of the directory above",
-        ) from error
     subspace._generation, subspace._disk = made["generation"], made["disk"]
     subspace._source = resolved
     return target
@@ -396,6 +390,14 @@ def _read(folder: Path, manifest: Mapping[str, Any]) -> SharedSubspace:
     tables = manifest["records"]
     adapters: list[Adapter] = []
     for number, entry in enumerate(entries):
+        if not isinstance(entry["id"], str):
+            raise AdapterFileError(
+                "The id of an adapter is not a text.",
+                file=folder / MANIFEST,
+                key="id",
+                expected="a text",
+                got=repr(entry["id"])[:200],
+            )
         record = MemberRecord.from_dict({k: tables[k][i] for k, i in entry["record"].items()})
         rest = {}
         for key, place in entry["rest"].items():
@@ -410,6 +412,18 @@ def _read(folder: Path, manifest: Mapping[str, Any]) -> SharedSubspace:
             raise AdapterFileError(
                 "A tensor is missing or not expected.", file=folder / name, key=extra[0]
             )
+    for number, adapter in enumerate(adapters):
+        for layer in layers:
+            told = adapter.record.sizes.get(layer.module, (0, 0))
+            # 0 where the adapter does not say it.
+            if min(told) and told[::-1] != layer.sizes and layer.has(number):
+                raise AdapterFileError(
+                    "The record of an adapter has other sizes than the layer.",
+                    file=folder / MANIFEST,
+                    key=layer.module,
+                    expected=layer.sizes[::-1],
+                    got=told,
+                )
     base = manifest["base"]
     printed = base["fingerprint"]
     return SharedSubspace(

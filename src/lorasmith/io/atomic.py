@@ -150,10 +150,18 @@ def explained_failure(
     try:
         yield
     except OSError as error:
+        mount = os.path.ismount(target)
         raise kind(
             f"{what} could not be written: {error}.",
+            expected="a directory that can be written, as well as the one above it",
+            got="a mount point, which cannot be replaced as a whole"
+            if mount
+            else error.strerror or error,
+            fix=f"choose a directory in it, e.g. {target / 'new'}"
+            if mount
+            else "check free space and permissions of the directory above",
             file=target,
-            fix="check free space and permissions of the directory above",
+            key="output",
         ) from error
 
 

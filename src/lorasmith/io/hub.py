@@ -34,6 +34,7 @@ from typing import Any, ClassVar
 from lorasmith.errors import AdapterFileError, MissingDependencyError
 from lorasmith.io import peft
 from lorasmith.io.atomic import interrupted, locked, recover
+from lorasmith.io.models import hub_cache, hub_offline, hub_reachable
 from lorasmith.io.strict import read_object
 from lorasmith.io.tensors import sha256_of
 from lorasmith.io.weights import OWN, OWNED, as_path
@@ -531,6 +532,10 @@ def _download(
         ) from error
     inside = f"{folder}/" if folder else ""
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    offline = hub_offline()
+    unreachable = not offline and not hub_reachable()
+    if unreachable:  # it would be waited for, several times
+        options["local_files_only"] = True
     try:
         found = snapshot_download(
             repository,
@@ -540,9 +545,14 @@ def _download(
     # Not found, no access, no network, offline and not cached, an impossible id.
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()
+        got = reason[0] if reason else type(error).__name__
+        if offline or unreachable:
+            why = "HF_HUB_OFFLINE is set" if offline else "the hub is not reached"
+            got = f"it is not cached in {hub_cache()} and {why}"
         raise AdapterFileError(
-            f"{repository!r} is neither a directory nor an adapter that the hub gives: "
-            f"{reason[0] if reason else type(error).__name__}",
+            f"{repository!r} is neither a directory nor an adapter that the hub gives: {got}",
+            expected="a directory, or the id of an adapter on the hub",
+            got=got,
             file=repository,
             fix="check the path; for a hub id check its spelling, access and the network "
             "(HF_HUB_OFFLINE keeps to what is cached)",

@@ -21,12 +21,14 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import socket
 import tempfile
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +47,8 @@ __all__ = [
     "check_sizes",
     "dequantised",
     "explained",
+    "hub_cache",
+    "hub_offline",
     "hub_reachable",
     "load_config",
     "quiet",
@@ -58,6 +62,9 @@ logger = logging.getLogger(__name__)
 
 #: Seconds after which a hub that does not answer counts as out of reach.
 HUB_TIMEOUT = 3.0
+#: Seconds for which it then does, and host and port → when it did not answer.
+_SILENT_FOR = 10.0
+_silent: dict[tuple[str, int], float] = {}
 
 # Raised when the conversion changes what it writes, so that older conversions are redone.
 _CONVERSION = 1
@@ -168,12 +175,13 @@ def _looks_like_path(text: str) -> bool:
 def _unknown_model(text: str) -> ModelError:
     near = difflib.get_close_matches(text.lower(), ALIASES, n=1, cutoff=0.6)
     why = f"it is not cached in {hub_cache()} and the hub is not reached"
-    if _hub_offline():
+    if hub_offline():
         why = f"it is not cached in {hub_cache()} and HF_HUB_OFFLINE is set"
     return ModelError(
         f"The model {text!r} cannot be found.",
         expected=f"an alias ({', '.join(sorted(ALIASES))}), a hub id or a local path",
         got=f"{text!r}; {why}",
+        key="model",
         fix=f"did you mean {near[0]!r}?" if near else "check the name, the path or the network",
     )
 
@@ -225,7 +233,8 @@ def _resolve_alias(text: str, alias: Alias, revision: str | None) -> ResolvedMod
 # The hub -------------------------------------------------------------------------------------
 
 
-def _hub_offline() -> bool:
+def hub_offline() -> bool:
+    """Whether the environment says that the hub is not to be asked."""
     values = (os.environ.get(k, "") for k in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
     return any(v.strip().upper() in ("1", "ON", "YES", "TRUE") for v in values)
 
@@ -257,9 +266,10 @@ def hub_reachable(timeout: float = HUB_TIMEOUT) -> bool:
     """Whether the hub's host (or the proxy before it) takes a connection within ``timeout`` s.
 
     Opens one connection and sends nothing. Looking up a host name cannot be given a time
-    limit, so it runs in a thread that is left behind if it takes too long.
+    limit, so it runs in a thread that is left behind if it takes too long. A host that took none
+    is not asked again for some seconds: one command may ask for several adapters and a model.
     """
-    if _hub_offline():
+    if hub_offline():
         return False
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     parts = urllib.parse.urlsplit(endpoint)
@@ -271,6 +281,8 @@ def hub_reachable(timeout: float = HUB_TIMEOUT) -> bool:
     try:
         address = (parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443))
     except ValueError:  # a port that is not a number
+        return False
+    if time.monotonic() - _silent.get(address, -math.inf) < _SILENT_FOR:
         return False
     answer: list[bool] = []
 
@@ -284,7 +296,10 @@ def hub_reachable(timeout: float = HUB_TIMEOUT) -> bool:
     thread = threading.Thread(target=knock, daemon=True, name="lorasmith-hub-check")
     thread.start()
     thread.join(timeout)
-    return answer == [True]
+    if answer == [True]:
+        return True
+    _silent[address] = time.monotonic()
+    return False
 
 
 def _download(repo: str, revision: str | None) -> Path | None:

@@ -50,6 +50,8 @@ def choose_adapter_config(config: TrainConfig) -> AdapterConfig:
             raise ConfigError(
                 "That is not the directory of a fleet.",
                 expected="what lorasmith fleet compress writes" + ("" if there else ", or nothing"),
+                got="another directory or file" if path.exists() else "nothing there",
+                fix="check the path",
                 file=path,
                 key="subspace" if there else "subspace_save",
             )

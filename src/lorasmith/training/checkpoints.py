@@ -216,6 +216,23 @@ def _is_beside(name: str) -> bool:
 _STATE_BYTES, _STATE_VALUES = 1 << 28, 20_000_000
 #: Files that hold tensors alone, and no state.
 _TENSORS = ("adapter_model.safetensors", ADAPTER_STATE, BEST_STATE)
+#: Fields of trainer_state.json, and what Trainer takes each for.
+_KINDS: dict[str, Any] = {
+    "best_global_step": int | None,
+    "best_metric": int | float | None,
+    "best_model_checkpoint": str | None,
+    "is_hyper_param_search": bool | None,
+    "is_local_process_zero": bool | None,
+    "is_world_process_zero": bool | None,
+    "logging_steps": int | float | None,
+    "eval_steps": int | float | None,
+    "save_steps": int | float | None,
+    "num_train_epochs": int | float | None,
+    "stateful_callbacks": dict | None,
+    "train_batch_size": int,
+    "trial_name": str | None,
+    "trial_params": dict | None,
+}
 #: Fields of trainer_state.json that a run goes on from, of which each must be a number.
 _COUNTS = ("epoch", "global_step", "max_steps", "num_input_tokens_seen", "total_flos")
 
@@ -243,13 +260,17 @@ def check_states(checkpoint: Path) -> None:
         isinstance(entries, list) and all(isinstance(e, dict) and "step" in e for e in entries)
     ):
         wrong = "log_history"
+    if wrong is None:
+        wrong = next((k for k, kind in _KINDS.items() if not isinstance(state.get(k), kind)), None)
     step = step_of(checkpoint)
     if wrong is None and step is not None and state.get("global_step") != step:
         wrong = "global_step"
     if wrong is not None:
         raise TrainingError(
             "The state of Trainer in the checkpoint is not one that a run has written.",
-            expected=str(step) if wrong == "global_step" else "numbers, and a list of log entries",
+            expected=str(step)
+            if wrong == "global_step"
+            else "numbers, a list of log entries, and what Trainer writes beside them",
             got=repr(state.get(wrong))[:200],
             fix="go on from another checkpoint, or start anew with --overwrite",
             file=file,

@@ -105,14 +105,23 @@ def read_text(text: Text) -> tuple[str, list[str]]:
                 "The text cannot be read.",
                 expected="a text file in UTF-8",
                 got=error,
+                fix="check the path, or save it as UTF-8",
                 file=path,
+                key="text",
             ) from error
     elif isinstance(text, str):
         name, found = "given text", [text]
     else:
         name, found = f"{len(text)} given texts", list(text)
     if not any(part.strip() for part in found):
-        raise DataError("The text is empty.", expected="at least two tokens", got=name)
+        raise DataError(
+            "The text is empty.",
+            expected="at least two tokens",
+            got=name,
+            fix="give a text with something in it",
+            file=text if isinstance(text, os.PathLike) else None,
+            key="text",
+        )
     return name, found
 
 

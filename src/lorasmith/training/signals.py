@@ -10,7 +10,11 @@ batch: nothing that a checkpoint holds changes there, but random numbers and cou
 from the end of the step before. A lock tells the two apart. The main thread holds it, but for the
 time in which it changes nothing (:meth:`StopSignals.unchanging`); where it takes it again and finds
 that the checkpoint has been written, it leaves the batch by :class:`StepGivenUpError`. If it does
-not come to that in time, the thread ends the process, where it may.
+not come to that in time, the thread ends the process, where it may. It writes in yet another thread, so
+that a second signal is seen meanwhile.
+
+What is ignored when the run begins stays ignored (a shell starts ``COMMAND &`` with Ctrl-C ignored),
+and other signals are handed on to an event loop that had the descriptor before.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import math
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import weakref
@@ -39,7 +44,6 @@ LEAVE_AFTER = 3.0
 _AT_ONCE = 1.0
 #: Seconds within which signals are one.
 _SAME = 1.0
-_PAUSE = 0.05
 
 _HANDLED = (signal.SIGTERM, signal.SIGINT)
 _OVER = b"\0"
@@ -84,7 +88,8 @@ class StopSignals:
         self._again = False
         self.honoured = self.saved = False
         self._save, self._leave, self._wait_for_main = save, leave, wait
-        self._lock = threading.Lock()
+        # Of its owner alone: a second Ctrl-C may come where the main thread has not got it back.
+        self._lock = threading.RLock()
         self._over = threading.Event()
         self._previous: dict[int, Any] = {}
         self._previous_socket = -1
@@ -104,7 +109,9 @@ class StopSignals:
             self._sockets[1].fileno(), warn_on_full_buffer=False
         )
         for number in _HANDLED:
-            self._previous[number] = signal.signal(number, self._note)
+            # None is a handler of C, which could not be put back.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                self._previous[number] = signal.signal(number, self._note)
         _active.add(self)
         return self
 
@@ -122,7 +129,8 @@ class StopSignals:
         signal.set_wakeup_fd(self._previous_socket)
         with contextlib.suppress(OSError):
             self._sockets[1].send(_OVER)
-        self._lock.release()
+        with contextlib.suppress(RuntimeError):  # see __init__
+            self._lock.release()
         thread.join()
         for one in self._sockets:
             one.close()
@@ -140,9 +148,13 @@ class StopSignals:
         self._previous = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._thread is None and self.received is None:
+            self._at = time.monotonic()
+        # Without the thread nobody else knows when the first one came.
+        late = self._thread is None and time.monotonic() - self._at > _SAME
         if self.received is None:
             self.received = number
-        elif self._again:
+        elif self._again or late:
             self._restore()
             os.kill(os.getpid(), number)
 
@@ -188,11 +200,22 @@ class StopSignals:
         self._at = time.monotonic()
         self.received = number
         name = signal.Signals(number).name
-        # Not through logging: its locks may be held where the signal came in.
-        os.write(2, f"\n{name}: finishing the step and writing a checkpoint.\n".encode())
-        if self._save is not None and not self._wait(self._at + GIVE_UP_AFTER):
-            self._give_up(number, self._save)
+        if sys.__stderr__ is not None:  # or else 2 may be any file
+            # Not through logging: its locks may be held where the signal came in.
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, f"\n{name}: finishing the step and writing a checkpoint.\n".encode())
+        if self._save is None or self._wait(self._at + GIVE_UP_AFTER):
+            self._wait(math.inf)
+            return
+        saver = threading.Thread(
+            target=self._give_up,
+            args=(number, self._save),
+            name="lorasmith-signals-save",
+            daemon=True,
+        )
+        saver.start()
         self._wait(math.inf)
+        saver.join()
 
     def _give_up(self, number: int, save: Callable[[], None]) -> None:
         """Writes the checkpoint, and ends the process if the batch still goes on later."""
@@ -205,7 +228,7 @@ class StopSignals:
                 self.saved = True
             if self.saved and not self._wait_for_main:
                 self._end(number)
-        if not self.saved or self._leave is None or self._wait(time.monotonic() + LEAVE_AFTER):
+        if not self.saved or self._leave is None or self._over.wait(LEAVE_AFTER):
             return
         with self._main_unchanging() as reached:
             if reached:
@@ -221,12 +244,8 @@ class StopSignals:
     @contextlib.contextmanager
     def _main_unchanging(self) -> Iterator[bool]:
         """Keeps the main thread from changing anything; False if the run is over."""
-        while not self._lock.acquire(timeout=_PAUSE):
-            self._wait(0.0)
-        try:
+        with self._lock:
             yield not self._over.is_set()
-        finally:
-            self._lock.release()
 
     def _wait(self, until: float) -> bool:
         """Waits until that time, and sees to a second signal; True if the run is over by then."""
@@ -249,11 +268,18 @@ class StopSignals:
         receiver.settimeout(seconds)
         try:
             while (data := receiver.recv(1)) not in (_OVER, b""):
-                if data[0] in _HANDLED:
+                if data[0] in self._previous:
                     return data[0]
+                self._hand_on(data)
         except (TimeoutError, BlockingIOError):
             pass
         return None
+
+    def _hand_on(self, data: bytes) -> None:
+        """To whoever had the descriptor, a socket where it is an event loop's."""
+        if self._previous_socket >= 0:
+            with contextlib.suppress(OSError):
+                os.write(self._previous_socket, data)
 
 
 def _forked() -> None:

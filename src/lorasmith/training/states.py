@@ -194,7 +194,14 @@ def of_this_run(file: Path) -> Iterator[None]:
             file=file,
             key=error.key or file.name,
         ) from error
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
         raise TrainingError(
             "A state in the checkpoint is not of this run.",
             expected="what the run with these options has written",
@@ -206,9 +213,10 @@ def of_this_run(file: Path) -> Iterator[None]:
 
 
 def check_optimizer(state: Mapping[str, Any], optimizer: Any, file: Path) -> None:
-    """Raises unless every tensor is finite, and a single number or of its parameter's shape.
+    """Raises unless every tensor is finite and of its parameter's shape, and steps are a number.
 
-    An optimiser takes any shape and any options, and fails in its next step. How it computes
+    An optimiser takes any shape and any options, and fails in its next step; one that is fused
+    writes beyond the end of a tensor that is too small. How it computes
     (fused, foreach, capturable) becomes what it is in this run, perhaps on another device.
 
     Args:
@@ -231,20 +239,25 @@ def check_optimizer(state: Mapping[str, Any], optimizer: Any, file: Path) -> Non
         )
 
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    needed = _NEEDED.get(type(optimizer).__name__, frozenset())
+    own = getattr(optimizer, "optimizer", optimizer)  # Accelerate's has it inside
+    needed = _NEEDED.get(type(own).__name__, frozenset())
     for index, values in state["state"].items():
         shape = trained[index].shape
-        if needed - values.keys():
+        more = values.keys() - needed - {"max_exp_avg_sq"} if needed else set()
+        if needed - values.keys() or more:
             raise wrong(f"state {index}", ", ".join(sorted(needed)), sorted(map(str, values)))
         for key, value in values.items():
             if key == "step":
                 count = value if torch.is_tensor(value) else torch.tensor(float(value))
                 if count.dim() or not count.is_floating_point() or not 0 <= float(count) < 2**53:
-                    raise wrong(f"state {index} step", "a number of steps", value)
+                    raise wrong(f"state {index} step", "a number of steps", count.tolist())
+                continue
             if not torch.is_tensor(value):
+                if key in needed or not isinstance(value, int | float | str | None):
+                    raise wrong(f"state {index} {key}", f"a tensor {list(shape)}", repr(value))
                 continue
             finite = not value.is_floating_point() or bool(value.isfinite().all())
-            if not finite or (value.numel() != 1 and value.shape != shape):
+            if not finite or value.shape != shape:
                 got = f"{list(value.shape)}" + ("" if finite else ", NaN or infinity")
                 raise wrong(f"state {index} {key}", f"finite numbers, {list(shape)}", got)
     for mine, theirs in zip(optimizer.param_groups, state["param_groups"], strict=True):
@@ -274,18 +287,24 @@ def check_scheduler(state: Any, scheduler: Any, file: Path) -> None:
         TrainingError: It is not so.
     """
     mine = scheduler.state_dict()
-    found = state if isinstance(state, Mapping) else {}
-    for key in sorted({*map(str, found), *mine}):
-        if key in found and key in mine and _alike(found[key], mine[key], switches=False):
-            continue
-        raise TrainingError(
-            "The state of the schedule cannot be gone on from.",
-            expected=f"such as {mine[key]!r}" if key in mine else ", ".join(sorted(mine)),
-            got=repr(found[key] if key in found else state)[:200],
-            fix="go on from another checkpoint",
-            file=file,
-            key=key,
-        )
+    if not isinstance(state, Mapping) or state.keys() != mine.keys():
+        there = set(map(str, state)) if isinstance(state, Mapping) else set()
+        wrong, expected, got = sorted(there ^ set(mine)), ", ".join(sorted(mine)), repr(state)
+        key = wrong[0] if there and wrong else file.name
+    else:
+        wrong = [k for k in mine if not _alike(state[k], mine[k], switches=False)]
+        if not wrong:
+            return
+        key = wrong[0]
+        expected, got = f"such as {mine[key]!r}", repr(state[key])
+    raise TrainingError(
+        "The state of the schedule cannot be gone on from.",
+        expected=expected,
+        got=got[:200],
+        fix="go on from another checkpoint",
+        file=file,
+        key=key,
+    )
 
 
 def _alike(value: Any, mine: Any, *, switches: bool = True) -> bool:
