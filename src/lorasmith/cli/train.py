@@ -39,6 +39,10 @@ def train(
         "adapter", dynamics as a list or as NAME: {OPTION: VALUE}). The command line wins.
     """
     with session(common):
+        from lorasmith.io.models import resolve_model
+
+        # Before Trainer is imported, which takes seconds: a name that stands for nothing shows.
+        resolve_model(options.model, revision=options.revision)
         from lorasmith.training.trainer import TrainingInterrupted
         from lorasmith.training.trainer import train as run
 

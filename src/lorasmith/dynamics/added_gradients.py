@@ -13,13 +13,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from lorasmith.dynamics.context import Context
+from lorasmith.dynamics.processes import distributed
 
-__all__ = ["AddedGradients", "distributed"]
-
-
-def distributed() -> bool:
-    """Whether several processes train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+__all__ = ["AddedGradients"]
 
 
 class AddedGradients:

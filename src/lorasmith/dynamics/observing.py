@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lorasmith.dynamics.added_gradients import distributed
 from lorasmith.dynamics.context import Context
 from lorasmith.dynamics.entropy import TokenStatistics, token_statistics
+from lorasmith.dynamics.processes import distributed
 from lorasmith.dynamics.protocol import Statistics
 from lorasmith.errors import ConfigError, TrainingError
 

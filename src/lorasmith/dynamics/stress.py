@@ -60,6 +60,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lorasmith.dynamics.processes import distributed
 from lorasmith.dynamics.protocol import Dynamic, Need, Site, Step
 from lorasmith.dynamics.snapshot import Snapshot
 from lorasmith.dynamics.stress_conflict import TaskGradients, gram_of_products
@@ -332,7 +333,7 @@ class StressController(Dynamic):
     def _meet(self, task: str) -> None:
         if task in self._tasks:
             return
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if distributed():
             raise TrainingError(
                 f"The task {task!r} was not declared.",
                 expected=", ".join(self._tasks) or "tasks=…, which several processes need",
@@ -646,7 +647,7 @@ class StressController(Dynamic):
                 module.training = training
             self._use(self._selected)
         total /= len(tasks)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if distributed():
             # The same number everywhere: devices differ in the last digits.
             device = next(model.parameters()).device
             shared = torch.tensor(total, dtype=torch.float32, device=device)

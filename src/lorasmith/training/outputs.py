@@ -115,7 +115,14 @@ def only_run(output: Path) -> Iterator[None]:
 def make_output(output: Path) -> None:
     """Makes the directory of a run, and tries whether it can be written."""
     if output.exists() and not output.is_dir():
-        raise ConfigError("The output is a file.", expected="a directory", file=output)
+        raise ConfigError(
+            "The output is a file.",
+            expected="a directory, or a name that is free",
+            got="a file",
+            fix="choose another output, or move the file away",
+            file=output,
+            key="output",
+        )
     if not is_main():
         return
     try:
