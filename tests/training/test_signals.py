@@ -238,6 +238,27 @@ def test_a_long_evaluation_is_given_up(base: Path, rows: Path, tmp_path: Path, w
             assert torch.equal(value, second.state(module).values[name])
 
 
+@pytest.mark.parametrize("patience", [0.0, 60.0])
+def test_the_evaluation_that_a_resume_begins_with(
+    base: Path, rows: Path, tmp_path: Path, patience: float
+) -> None:
+    """Stopped there again, given up or not: its checkpoint is that which it came from."""
+    options: dict[str, Any] = {"eval_split": 0.4, "eval_batch_size": 4, "eval_steps": 3}
+    unbroken = config(base, rows, tmp_path / "whole", **options)
+    Watched().train(unbroken)
+    made = config(base, rows, tmp_path / "out", **options)
+    path = made.output / "checkpoint-3"
+    Sent(1, until=path, evaluating=True).train(made, patience=0.0)
+    sending = Sent(1, evaluating=True)
+    if patience == 0.0:
+        sending.until = _Replaced(path, path.stat().st_ino)  # type: ignore[assignment]
+    caught = sending.train(made, patience=patience)
+    assert (sending.calls, caught.result.checkpoint) == (1, str(path))
+    ended = train(made, progress=False)
+    assert [e.step for e in ended.evaluations] == [3, 6, 8]
+    assert differences(unbroken.output, made.output) == []
+
+
 @pytest.mark.parametrize("call", [1, 6, 11])
 def test_tasks_that_are_met_in_the_batch(base: Path, tmp_path: Path, call: int) -> None:
     """Stress keeps which tasks there are, in whatever mode it is."""
@@ -478,7 +499,7 @@ def test_nobody_reads_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     os.dup2(writing, 2)
     stop = StopSignals(saved.set)
     try:
-        with stop, pytest.raises(StepGivenUpError), stop.unchanging():
+        with stop, pytest.raises(StepGivenUpError), stop.unchanging():  # noqa: PT012
             os.kill(os.getpid(), signal.SIGTERM)
             saved.wait(5)
     finally:

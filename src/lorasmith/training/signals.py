@@ -5,16 +5,16 @@ take longer than whoever sent the signal waits; and Python runs a signal's handl
 its own instructions, of which a backward pass is one. So the number of a signal goes through a
 socket (``signal.set_wakeup_fd``) to a thread that reads it at once.
 
-That thread can write the checkpoint of the last whole step while the main thread is still in a
-batch: nothing that a checkpoint holds changes there, but random numbers and counts, which are kept
-from the end of the step before. A lock tells the two apart. The main thread holds it, but for the
-time in which it changes nothing (:meth:`StopSignals.unchanging`); where it takes it again and finds
-that the checkpoint has been written, it leaves the batch by :class:`StepGivenUpError`. If it does
-not come to that in time, the thread ends the process, where it may. It writes in yet another thread, so
-that a second signal is seen meanwhile.
+That thread can have the checkpoint of the last whole step written while the main thread is still
+in a batch: nothing that a checkpoint holds changes there, but random numbers and counts, which are
+kept from the end of the step before. A lock tells the two apart. The main thread holds it, but for
+the time in which it changes nothing (:meth:`StopSignals.unchanging`); where it takes it again and
+finds that the checkpoint has been written, it leaves the batch by :class:`StepGivenUpError`. If it
+does not come to that in time, the process is ended, where it may be. All this is done by yet
+another thread, so that the first one sees a second signal meanwhile.
 
-What is ignored when the run begins stays ignored (a shell starts ``COMMAND &`` with Ctrl-C ignored),
-and other signals are handed on to an event loop that had the descriptor before.
+What is ignored when the run begins stays ignored (a shell starts ``COMMAND &`` with Ctrl-C
+ignored), and other signals are handed on to an event loop that had the descriptor before.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ LEAVE_AFTER = 3.0
 _AT_ONCE = 1.0
 #: Seconds within which signals are one.
 _SAME = 1.0
+_PAUSE = 0.05
 
 _HANDLED = (signal.SIGTERM, signal.SIGINT)
 _OVER = b"\0"
@@ -91,6 +92,7 @@ class StopSignals:
         # Of its owner alone: a second Ctrl-C may come where the main thread has not got it back.
         self._lock = threading.RLock()
         self._over = threading.Event()
+        self._handled: set[signal.Signals] = set()
         self._previous: dict[int, Any] = {}
         self._previous_socket = -1
         self._sockets: tuple[socket.socket, ...] = ()
@@ -100,6 +102,8 @@ class StopSignals:
         # Python lets only the main thread set handlers.
         if threading.current_thread() is not threading.main_thread():
             return self
+        # None is a handler of C, which could not be put back.
+        self._handled = {n for n in _HANDLED if signal.getsignal(n) not in (signal.SIG_IGN, None)}
         self._lock.acquire()
         self._sockets = socket.socketpair()
         self._sockets[1].setblocking(False)
@@ -108,10 +112,8 @@ class StopSignals:
         self._previous_socket = signal.set_wakeup_fd(
             self._sockets[1].fileno(), warn_on_full_buffer=False
         )
-        for number in _HANDLED:
-            # None is a handler of C, which could not be put back.
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                self._previous[number] = signal.signal(number, self._note)
+        for number in self._handled:
+            self._previous[number] = signal.signal(number, self._note)
         _active.add(self)
         return self
 
@@ -129,8 +131,9 @@ class StopSignals:
         signal.set_wakeup_fd(self._previous_socket)
         with contextlib.suppress(OSError):
             self._sockets[1].send(_OVER)
-        with contextlib.suppress(RuntimeError):  # see __init__
-            self._lock.release()
+        with contextlib.suppress(RuntimeError):  # when it is not ours any more, see __init__
+            while True:
+                self._lock.release()
         thread.join()
         for one in self._sockets:
             one.close()
@@ -148,13 +151,11 @@ class StopSignals:
         self._previous = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._thread is None and self.received is None:
-            self._at = time.monotonic()
-        # Without the thread nobody else knows when the first one came.
-        late = self._thread is None and time.monotonic() - self._at > _SAME
         if self.received is None:
             self.received = number
-        elif self._again or late:
+            if self._thread is None:  # nobody else notes the time
+                self._at = time.monotonic()
+        elif self._again or (self._thread is None and time.monotonic() - self._at > _SAME):
             self._restore()
             os.kill(os.getpid(), number)
 
@@ -172,9 +173,14 @@ class StopSignals:
         try:
             yield
         finally:
-            self._lock.acquire()
+            self._take()
         if self.saved:
             raise StepGivenUpError
+
+    def _take(self) -> None:
+        # A signal that comes just before the wait begins would be seen only at its end.
+        while not self._lock.acquire(timeout=_PAUSE):
+            pass
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
@@ -186,10 +192,13 @@ class StopSignals:
         if self._thread is None:
             yield
             return
-        with self._lock:
+        self._take()
+        try:
             if self.saved:
                 raise StepGivenUpError
             yield
+        finally:
+            self._lock.release()
 
     # -- the thread ----------------------------------------------------------------------
 
@@ -268,7 +277,7 @@ class StopSignals:
         receiver.settimeout(seconds)
         try:
             while (data := receiver.recv(1)) not in (_OVER, b""):
-                if data[0] in self._previous:
+                if data[0] in self._handled:
                     return data[0]
                 self._hand_on(data)
         except (TimeoutError, BlockingIOError):
