@@ -142,7 +142,7 @@ def _train_ours(
     options: argparse.Namespace, model: Any, tokenizer: Any, rows: Any, scratch: Path
 ) -> Any:
     from lorasmith.training.config import AdapterOptions, TrainConfig
-    from lorasmith.training.trainer import train
+    from lorasmith.training.run import train
 
     data = scratch / "rows.jsonl"
     rows.to_json(str(data))

@@ -50,8 +50,10 @@ STOPPED, GIVEN_UP = 128 + signal.SIGTERM, 100
 def _run(base: str, rows: str, output: str, plain: bool, patience: float) -> None:
     import logging
 
-    from lorasmith.training import signals, trainer
+    from lorasmith.training import signals
+    from lorasmith.training.checkpointing import CheckpointingTrainer
     from lorasmith.training.config import AdapterOptions
+    from lorasmith.training.records import TrainingInterrupted
     from tests.training.killing import Watched, config
 
     # A checkpoint that was being written when the run was killed is told of in a warning.
@@ -59,17 +61,17 @@ def _run(base: str, rows: str, output: str, plain: bool, patience: float) -> Non
     signals.GIVE_UP_AFTER = patience
     changes: dict[str, Any] = {**PLAIN, "adapter": AdapterOptions(r=4)} if plain else {}
     codes = [STOPPED]
-    save = trainer.CheckpointingTrainer.save_last_step
+    save = CheckpointingTrainer.save_last_step
 
     def saved(self: Any) -> int:
         tokens = save(self)
         codes.append(GIVEN_UP)
         return tokens
 
-    trainer.CheckpointingTrainer.save_last_step = saved  # type: ignore[method-assign]
+    CheckpointingTrainer.save_last_step = saved  # type: ignore[method-assign]
     try:
         Watched().train(config(Path(base), Path(rows), Path(output), **changes))
-    except trainer.TrainingInterrupted:
+    except TrainingInterrupted:
         sys.exit(codes[-1])
 
 

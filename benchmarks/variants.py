@@ -229,7 +229,7 @@ def _answer(text: str) -> str:
 
 def _train(run: Run, model: Any, tokenizer: Any, rows: Sequence[Any], scratch: Path) -> Any:
     from lorasmith.training.config import AdapterOptions, TrainConfig
-    from lorasmith.training.trainer import train
+    from lorasmith.training.run import train
 
     assert run.entry is not None
     data = scratch / "rows.jsonl"

@@ -40,7 +40,7 @@ EXCEPTIONS = {
     # report.save("x.html"): whoever asks for a page gets what draws it, loaded on use.
     "diagnostics/records.py": {"web"},
     # Calls attach, save and the like as a user would.
-    "training/trainer.py": {""},
+    "training/run.py": {""},
 }
 
 

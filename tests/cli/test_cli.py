@@ -140,7 +140,7 @@ def test_ctrl_c_gives_130(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The configurations with which training was called, in place of training."""
     from lorasmith.errors import TrainingError
-    from lorasmith.training import trainer
+    from lorasmith.training import run
 
     seen: list[Any] = []
 
@@ -148,7 +148,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append(config)
         raise TrainingError("that is all")
 
-    monkeypatch.setattr(trainer, "train", note)
+    monkeypatch.setattr(run, "train", note)
     return seen
 
 

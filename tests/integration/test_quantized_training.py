@@ -16,7 +16,7 @@ from lorasmith.errors import ConfigError, MissingDependencyError
 from lorasmith.training import models
 from lorasmith.training.config import AdapterOptions, Quantization, TrainConfig
 from lorasmith.training.models import QUANTIZATIONS, load_model, quantize_in_place
-from lorasmith.training.trainer import train
+from lorasmith.training.run import train
 from tests.training.tiny import make_model, make_tokenizer, write_rows
 
 pytestmark = [

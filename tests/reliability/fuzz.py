@@ -254,6 +254,7 @@ class Readers:
         from lorasmith.dynamics.driver import Dynamics
         from lorasmith.training import trainer
         from lorasmith.training.config import AdapterOptions, TrainConfig
+        from lorasmith.training.run import train
 
         rows = tiny.write_rows(self.root / "rows.jsonl")
         self.config = TrainConfig(
@@ -268,7 +269,7 @@ class Readers:
             dynamics=rules,
         )
         kept: list[Any] = []
-        kind = trainer._AdapterTrainer
+        kind = trainer.AdapterTrainer
         original = kind.run
 
         def run(self: Any, checkpoint: Path | None) -> Any:
@@ -277,7 +278,7 @@ class Readers:
 
         kind.run = run  # type: ignore[method-assign]
         try:
-            trainer.train(self.config, model=self.tiny, tokenizer=self.tokenizer, progress=False)
+            train(self.config, model=self.tiny, tokenizer=self.tokenizer, progress=False)
         finally:
             kind.run = original  # type: ignore[method-assign]
         (self.trainer,) = kept

@@ -203,7 +203,7 @@ class Bench:
     def _train(self, output: Path, **changes: Any) -> object:
         """A run on the model in memory, which has no more adapters afterwards than before."""
         from lorasmith.training.config import AdapterOptions, TrainConfig
-        from lorasmith.training.trainer import train
+        from lorasmith.training.run import train
 
         settings: dict[str, Any] = {
             "output": output,

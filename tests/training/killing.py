@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorasmith.training import checkpoints, trainer
+from lorasmith.training import checkpoints, run, trainer
 from lorasmith.training.config import AdapterOptions, TrainConfig
 from lorasmith.training.loss import LossOutput, model_loss_output
+from lorasmith.training.records import TrainResult
 
 __all__ = ["ACCUMULATION", "STEPS", "Killed", "Watched", "config", "differences"]
 
@@ -69,12 +70,12 @@ class Watched:
             raise Killed
         return replace(output)
 
-    def train(self, made: TrainConfig) -> trainer.TrainResult:
+    def train(self, made: TrainConfig) -> TrainResult:
         """Trains with the watch on."""
         before = trainer.model_loss_output
         trainer.model_loss_output = self  # type: ignore[assignment]
         try:
-            return trainer.train(made, progress=False)
+            return run.train(made, progress=False)
         finally:
             trainer.model_loss_output = before
 

@@ -20,9 +20,10 @@ from lorasmith.training.config import AdapterOptions, TrainConfig
 from lorasmith.training.data import load_rows
 from lorasmith.training.evaluate import evaluate
 from lorasmith.training.models import load_model
-from lorasmith.training.trainer import TrainResult, train
+from lorasmith.training.records import TrainResult
+from lorasmith.training.run import train
 from tests.training.processes import train_in_two
-from tests.training.tiny import ROWS, make_config, make_tokenizer, write_rows
+from tests.training.tiny import ROWS, load_no_model, make_config, make_tokenizer, write_rows
 
 TASKS = [{**row, "task": "long" if i % 2 == 0 else "short"} for i, row in enumerate(ROWS)]
 
@@ -314,7 +315,7 @@ def test_the_best_adapters_of_the_tasks_come_back(
 ) -> None:
     """Early stopping with the best evaluation in Multi: its task adapters are what is merged."""
     course = {4: 1.0, 6: 2.0, 8: 3.0, 10: 4.0}
-    original = trainer._AdapterTrainer.consider
+    original = trainer.AdapterTrainer.consider
     expected: dict[str, torch.Tensor] = {}
 
     def consider(self: Any, _: float) -> bool:
@@ -332,7 +333,7 @@ def test_the_best_adapters_of_the_tasks_come_back(
                 expected[key] = (u[:, :4] * s[:4]) @ vh[:4]
         return original(self, course.get(self.state.global_step, 5.0))
 
-    monkeypatch.setattr(trainer._AdapterTrainer, "consider", consider)
+    monkeypatch.setattr(trainer.AdapterTrainer, "consider", consider)
     given: dict[str, Any] = {
         "dynamics": ("stress",),
         "dynamics_options": {"stress": MULTI},
@@ -471,7 +472,7 @@ import torch
 from lorasmith.training import trainer
 
 folder = sys.argv.pop(1)
-original = trainer._AdapterTrainer.run
+original = trainer.AdapterTrainer.run
 
 def run(self, *args):
     result = original(self, *args)
@@ -479,7 +480,7 @@ def run(self, *args):
     torch.save(state, os.path.join(folder, f"rank{os.environ['RANK']}.pt"))
     return result
 
-trainer._AdapterTrainer.run = run
+trainer.AdapterTrainer.run = run
 from lorasmith.cli import main
 
 sys.exit(main())
@@ -536,7 +537,7 @@ def test_mistakes_show_before_the_model_is_loaded(
     fix: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(trainer, "load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    load_no_model(monkeypatch)
     with pytest.raises(kind, match=message) as caught:
         run(**given)
     if fix is not None:

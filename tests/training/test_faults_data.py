@@ -14,12 +14,18 @@ import pytest
 
 from lorasmith.cli import main
 from lorasmith.errors import ConfigError, DataError, ModelError
-from lorasmith.training import trainer
 from lorasmith.training.config import AdapterOptions, TrainConfig
 from lorasmith.training.data import load_rows
 from lorasmith.training.models import load_model
-from lorasmith.training.trainer import train
-from tests.training.tiny import ROWS, make_model, make_tokenizer, save_tiny, write_rows
+from lorasmith.training.run import train
+from tests.training.tiny import (
+    ROWS,
+    load_no_model,
+    make_model,
+    make_tokenizer,
+    save_tiny,
+    write_rows,
+)
 
 #: Seconds within which a refusal must come, as the issue has it.
 LIMIT = 2.0
@@ -57,7 +63,7 @@ def config(base: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    load_no_model(monkeypatch)
 
 
 # -- rows --------------------------------------------------------------------------------------

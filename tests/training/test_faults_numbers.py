@@ -17,8 +17,8 @@ from lorasmith.errors import NonFiniteLossError
 from lorasmith.training import checkpoints, trainer
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.loss import LossOutput, model_loss_output
+from lorasmith.training.run import train
 from lorasmith.training.states import TREE
-from lorasmith.training.trainer import train
 from tests.training.tiny import make_config
 
 
@@ -26,13 +26,13 @@ from tests.training.tiny import make_config
 def logged(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
     """What was logged, in order."""
     found: list[dict[str, float]] = []
-    original = trainer._AdapterTrainer.log
+    original = trainer.AdapterTrainer.log
 
     def log(self: Any, logs: dict[str, float], start_time: float | None = None) -> None:
         found.append(dict(logs))
         original(self, logs, start_time)
 
-    monkeypatch.setattr(trainer._AdapterTrainer, "log", log)
+    monkeypatch.setattr(trainer.AdapterTrainer, "log", log)
     return found
 
 
@@ -149,7 +149,7 @@ def test_what_is_not_finite_is_not_written(
     save_steps: int | None,
 ) -> None:
     """The step's own loss was finite, and the next one comes after the checkpoint, or never."""
-    original = trainer._Watch.on_step_end
+    original = trainer.Watch.on_step_end
 
     def spoil(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
         if state.global_step == 4:
@@ -159,7 +159,7 @@ def test_what_is_not_finite_is_not_written(
                 (parameter if where == "adapter" else moment).view(-1)[-1] = float("nan")
         original(self, args, state, control, **rest)
 
-    monkeypatch.setattr(trainer._Watch, "on_step_end", spoil)
+    monkeypatch.setattr(trainer.Watch, "on_step_end", spoil)
     with pytest.raises(NonFiniteLossError, match="not finite after step 4") as caught:
         train(
             _config(base, rows, tmp_path / "out", steps=steps, save_steps=save_steps),

@@ -15,8 +15,8 @@ from lorasmith.errors import ConfigError, TrainingError
 from lorasmith.training import outputs, trainer
 from lorasmith.training.config import AdapterOptions
 from lorasmith.training.outputs import bytes_needed, check_space, check_writable
-from lorasmith.training.trainer import train
-from tests.training.tiny import make_config
+from lorasmith.training.run import train
+from tests.training.tiny import load_no_model, make_config
 
 
 class Usage(NamedTuple):
@@ -75,7 +75,7 @@ def test_a_disk_that_does_not_take_it(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(outputs.os, call, refuse)
-    monkeypatch.setattr(trainer, "load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    load_no_model(monkeypatch)
     with pytest.raises(ConfigError, match="cannot be written") as caught:
         train(make_config(base, rows, tmp_path / "out"), progress=False)
     full = number in (errno.ENOSPC, errno.EDQUOT)
@@ -112,7 +112,7 @@ def test_a_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_too_little_room_shows_before_training(
     base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer._AdapterTrainer, "run", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr(trainer.AdapterTrainer, "run", lambda *_: pytest.fail("it trained"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1 << 30, 1 << 30, 1 << 20))
     with pytest.raises(TrainingError, match="too little room") as caught:
         train(make_config(base, rows, tmp_path / "out", save_steps=1), progress=False)

@@ -16,11 +16,18 @@ from typing import Any
 import pytest
 
 from lorasmith.errors import TrainingError
-from lorasmith.training import checkpoints, trainer
+from lorasmith.training import checkpoints
 from lorasmith.training.checkpoints import REQUIRED, choose_checkpoint, publish
-from lorasmith.training.trainer import train
+from lorasmith.training.run import train
 from tests.training.killing import ACCUMULATION, STEPS, Killed, Watched, config, differences
-from tests.training.tiny import ROWS, make_model, make_tokenizer, save_tiny, write_rows
+from tests.training.tiny import (
+    ROWS,
+    load_no_model,
+    make_model,
+    make_tokenizer,
+    save_tiny,
+    write_rows,
+)
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +254,7 @@ def test_other_options_are_refused_unless_told(
     key: str,
     value: Any,
 ) -> None:
-    monkeypatch.setattr(trainer, "load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    load_no_model(monkeypatch)
     before = _state(half)
     with pytest.raises(TrainingError, match="other options") as caught:
         train(config(base, rows, half, **{key: value}), progress=False)

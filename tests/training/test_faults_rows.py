@@ -16,7 +16,7 @@ from lorasmith.errors import DataError, ModelError
 from lorasmith.training.config import AdapterOptions, TrainConfig
 from lorasmith.training.data import load_rows
 from lorasmith.training.models import load_model
-from lorasmith.training.trainer import train
+from lorasmith.training.run import train
 from tests.training.tiny import ROWS, make_model, make_tokenizer, save_tiny, write_rows
 
 Train = Callable[..., Any]

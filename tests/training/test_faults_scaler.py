@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from lorasmith.errors import TrainingError
 from lorasmith.training import checkpointing
 from lorasmith.training.config import AdapterOptions, TrainConfig
+from lorasmith.training.run import train
 from lorasmith.training.states import load_state, random_state, save_state, set_random_state
-from lorasmith.training.trainer import train
 from tests.training.tiny import make_model, make_tokenizer, write_rows
 
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from lorasmith.errors import TrainingError
 from lorasmith.training import checkpoints, trainer
+from lorasmith.training.run import train
 from lorasmith.training.states import load_state, random_state, save_state, set_random_state
-from lorasmith.training.trainer import train
 from tests.training.killing import config
 from tests.training.tiny import save_tiny, write_rows
 
@@ -167,6 +167,6 @@ def test_the_best_is_no_evaluation_that_is_not_finite() -> None:
         adapter=SimpleNamespace(state_dict=dict),
         driver=None,
     )
-    consider = trainer._AdapterTrainer.consider
+    consider = trainer.AdapterTrainer.consider
     found = [(consider(run, loss), run.best) for loss in (math.nan, 2.0, math.inf)]
     assert found == [(False, None), (False, (1, 2.0)), (False, (1, 2.0))]

@@ -11,7 +11,7 @@ import pytest
 
 from lorasmith.errors import TrainingError
 from lorasmith.training.outputs import only_run
-from lorasmith.training.trainer import train
+from lorasmith.training.run import train
 from tests.training.killing import config
 from tests.training.tiny import save_tiny, write_rows
 

@@ -12,7 +12,7 @@ import torch
 
 import lorasmith as ls
 from lorasmith.errors import ConfigError
-from lorasmith.training import trainer
+from lorasmith.training import run
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.states import load_state
 from tests.models import llama, mlp
@@ -167,7 +167,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_training_runs_at_both_rates(base: Path, rows: Path, tmp_path: Path) -> None:
-    result = trainer.train(
+    result = run.train(
         _config(base, rows, tmp_path / "a", save_steps=3, schedule="cosine"), progress=False
     )
     # What is reported is the rate of A.
@@ -178,7 +178,7 @@ def test_training_runs_at_both_rates(base: Path, rows: Path, tmp_path: Path) -> 
     assert fast["lr"] == pytest.approx(16 * slow["lr"])
     assert fast["initial_lr"] == pytest.approx(16 * slow["initial_lr"])
     assert slow["weight_decay"] == fast["weight_decay"] == 0.1
-    plain = trainer.train(
+    plain = run.train(
         _config(base, rows, tmp_path / "b", lora_plus_ratio=None, save_steps=None), progress=False
     )
     assert plain.config["lora_plus_ratio"] is None
@@ -188,14 +188,14 @@ def test_training_runs_at_both_rates(base: Path, rows: Path, tmp_path: Path) -> 
 
 
 def test_a_resumed_run_is_the_run(base: Path, rows: Path, tmp_path: Path) -> None:
-    trainer.train(_config(base, rows, tmp_path / "whole"), progress=False)
+    run.train(_config(base, rows, tmp_path / "whole"), progress=False)
     folder = tmp_path / "parts"
-    trainer.train(_config(base, rows, folder, save_steps=3), progress=False)
+    run.train(_config(base, rows, folder, save_steps=3), progress=False)
     whole = _tensors(tmp_path / "whole")
     # As if it had been stopped after step 3.
     for name in ("adapter_config.json", "adapter_model.safetensors", "training.json"):
         (folder / name).unlink()
-    result = trainer.train(_config(base, rows, folder, save_steps=3, resume="last"), progress=False)
+    result = run.train(_config(base, rows, folder, save_steps=3, resume="last"), progress=False)
     assert result.steps == 6
     assert json.loads((folder / "training.json").read_text())["config"]["lora_plus_ratio"] == 16
     resumed = _tensors(folder)
@@ -208,7 +208,7 @@ def test_training_says_early_that_there_is_nothing_to_train_faster(
     config = _config(tmp_path / "nowhere", rows, tmp_path / "o")
     config = TrainConfig.from_dict({**config.to_dict(), "adapter": {"variant": "ia3"}})
     with pytest.raises(ConfigError, match="'ia3'"):
-        trainer.train(config, progress=False)
+        run.train(config, progress=False)
     assert not (tmp_path / "o").exists()
     with pytest.raises(ConfigError, match="lora_plus_ratio"):
         _config(tmp_path, rows, tmp_path / "o", lora_plus_ratio=0.0)

@@ -22,8 +22,9 @@ from lorasmith.cli import main
 from lorasmith.training import checkpoints, parts, signals, trainer
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.loss import LossOutput, model_loss_output
+from lorasmith.training.records import TrainingInterrupted, TrainResult
+from lorasmith.training.run import train
 from lorasmith.training.signals import StepGivenUpError, StopSignals
-from lorasmith.training.trainer import TrainingInterrupted, TrainResult, train
 from tests.training.killing import ACCUMULATION, STEPS, Watched, config, differences
 from tests.training.processes import LAUNCH, environment, train_in_two
 from tests.training.tiny import ROWS, write_rows

@@ -29,7 +29,8 @@ from lorasmith.training.data import (
 )
 from lorasmith.training.evaluate import evaluate
 from lorasmith.training.models import load_model
-from lorasmith.training.trainer import _RowOrder, epoch_rows, train
+from lorasmith.training.order import RowOrder, epoch_rows
+from lorasmith.training.run import train
 from tests.training.tiny import ROWS, make_config, make_tokenizer, write_rows
 
 TASKS = [{**row, "task": "long" if i % 3 == 0 else "short"} for i, row in enumerate(ROWS)]
@@ -199,7 +200,7 @@ def test_batches_are_of_one_task_and_hold_every_row(
     tasks: list[str], size: int, epoch: int, grouped: bool
 ) -> None:
     lengths = [7 * i % 11 + 1 for i in range(len(tasks))] if grouped else None
-    order = _RowOrder(lengths, len(tasks), size, 3, lambda: epoch, tasks)
+    order = RowOrder(lengths, len(tasks), size, 3, lambda: epoch, tasks)
     found = list(order)
     assert found == list(order)
     assert len(found) == len(order) == epoch_rows(len(tasks), tasks, size)
@@ -217,22 +218,22 @@ def test_batches_are_of_one_task_and_hold_every_row(
 
 def test_tasks_take_turns() -> None:
     tasks = ["a"] * 40 + ["b"] * 40
-    order = list(_RowOrder(None, 80, 4, 0, lambda: 0, tasks))
+    order = list(RowOrder(None, 80, 4, 0, lambda: 0, tasks))
     turns = [tasks[i] for i in order[::4]]
     assert all(x != y for x, y in pairwise(turns))
     # Three times the rows: in any four turns in a row, three are its own, give or take one.
     tasks = ["a"] * 60 + ["b"] * 20
-    order = list(_RowOrder(None, 80, 4, 0, lambda: 0, tasks))
+    order = list(RowOrder(None, 80, 4, 0, lambda: 0, tasks))
     turns = [tasks[i] for i in order[::4]]
     assert all(2 <= turns[i : i + 4].count("a") <= 4 for i in range(17))
-    other = list(_RowOrder(None, 80, 4, 0, lambda: 1, tasks))
+    other = list(RowOrder(None, 80, 4, 0, lambda: 1, tasks))
     assert other != order
-    assert list(_RowOrder(None, 80, 4, 1, lambda: 0, tasks)) != order
+    assert list(RowOrder(None, 80, 4, 1, lambda: 0, tasks)) != order
 
 
 def test_without_tasks_every_row_comes_once() -> None:
     for lengths in (None, list(range(10))):
-        assert sorted(_RowOrder(lengths, 10, 4, 0, lambda: 0)) == list(range(10))
+        assert sorted(RowOrder(lengths, 10, 4, 0, lambda: 0)) == list(range(10))
 
 
 # -- the run -----------------------------------------------------------------------------------

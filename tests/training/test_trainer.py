@@ -30,9 +30,10 @@ from lorasmith.training import checkpoints, loss, trainer
 from lorasmith.training.config import AdapterOptions, TrainConfig
 from lorasmith.training.data import load_rows, tokenise
 from lorasmith.training.models import load_model
-from lorasmith.training.trainer import TrainResult, train
+from lorasmith.training.records import TrainResult
+from lorasmith.training.run import train
 from tests.training.processes import environment, train_in_two
-from tests.training.tiny import ROWS, make_config, write_rows
+from tests.training.tiny import ROWS, load_no_model, make_config, write_rows
 
 
 class Run:
@@ -157,18 +158,18 @@ def test_weight_decay_is_for_matrices(run: Run) -> None:
     model, tokenizer = load_model(run.base, device="cpu")
     names: list[str] = []
 
-    original = trainer._AdapterTrainer.get_decay_parameter_names
+    original = trainer.AdapterTrainer.get_decay_parameter_names
 
     def spy(self: Any, model: Any) -> list[str]:
         found = original(self, model)
         names.extend(found)
         return found
 
-    trainer._AdapterTrainer.get_decay_parameter_names = spy  # type: ignore[method-assign]
+    trainer.AdapterTrainer.get_decay_parameter_names = spy  # type: ignore[method-assign]
     try:
         train(config, model=model, tokenizer=tokenizer, progress=False)
     finally:
-        trainer._AdapterTrainer.get_decay_parameter_names = original  # type: ignore[method-assign]
+        trainer.AdapterTrainer.get_decay_parameter_names = original  # type: ignore[method-assign]
     parameters = dict(model.named_parameters())
     assert names
     assert all(parameters[n].dim() == 2 and parameters[n].requires_grad for n in names)
@@ -371,7 +372,7 @@ def test_the_output_may_not_be_a_file(run: Run) -> None:
 def test_mistakes_show_before_the_model_is_loaded(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    load_no_model(monkeypatch)
     with pytest.raises(LorasmithError):
         run(adapter=AdapterOptions(variant="ia3", r=3))
     with pytest.raises(LorasmithError):
@@ -395,7 +396,7 @@ def test_a_tracker_that_is_not_installed(run: Run) -> None:
 def test_early_stopping_keeps_the_best(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     states: dict[int, dict[str, torch.Tensor]] = {}
     course = iter([3.0, 2.0, 2.5, 2.1, 1.0])
-    original = trainer._AdapterTrainer.consider
+    original = trainer.AdapterTrainer.consider
 
     def consider(self: Any, _: float) -> bool:
         states[self.state.global_step] = {
@@ -403,7 +404,7 @@ def test_early_stopping_keeps_the_best(run: Run, monkeypatch: pytest.MonkeyPatch
         }
         return original(self, next(course))
 
-    monkeypatch.setattr(trainer._AdapterTrainer, "consider", consider)
+    monkeypatch.setattr(trainer.AdapterTrainer, "consider", consider)
     model, tokenizer = load_model(run.base, device="cpu")
     config = run.config(steps=20, eval_data=str(run.rows), eval_steps=2, early_stopping=2)
     result = train(config, model=model, tokenizer=tokenizer, progress=False)

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from lorasmith.training.config import AdapterOptions, TrainConfig
@@ -17,6 +18,7 @@ __all__ = [
     "ROWS",
     "SYSTEM",
     "TEMPLATE",
+    "load_no_model",
     "make_config",
     "make_model",
     "make_tokenizer",
@@ -111,3 +113,10 @@ def make_config(base: Path, rows: Path | str, output: Path, **changes: Any) -> T
         "device": "cpu",
     }
     return TrainConfig(str(base), str(rows), **{**settings, **changes})
+
+
+def load_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a run fail that comes to loading its model."""
+    monkeypatch.setattr(
+        "lorasmith.training.run.load_model", lambda *_, **__: pytest.fail("it was loaded")
+    )

@@ -20,7 +20,7 @@ from lorasmith.training.config import AdapterOptions, TrainConfig
 if TYPE_CHECKING:
     from lorasmith.diagnostics.records import Retention, RotationReport
     from lorasmith.training.evaluate import EvalReport, Example, TaskReport
-    from lorasmith.training.trainer import TrainResult
+    from lorasmith.training.records import TrainResult
     from lorasmith.web import Card
 
 __all__ = ["demo"]
@@ -234,8 +234,9 @@ class _Demo:
         from lorasmith.training.data import load_rows
         from lorasmith.training.evaluate import evaluate, general_text
         from lorasmith.training.models import load_model
+        from lorasmith.training.records import peak_memory_bytes
         from lorasmith.training.retention import retention
-        from lorasmith.training.trainer import peak_memory_bytes, train
+        from lorasmith.training.run import train
 
         started = time.perf_counter()
         with self.phase(f"Loading {config.model}"):

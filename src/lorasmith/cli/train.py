@@ -14,7 +14,7 @@ from lorasmith.cli.output import Common, CommonOptions, emit, grid, number, sess
 from lorasmith.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from lorasmith.training.trainer import TrainResult
+    from lorasmith.training.records import TrainResult
 
 __all__ = ["show_result", "train"]
 
@@ -39,12 +39,8 @@ def train(
         "adapter", dynamics as a list or as NAME: {OPTION: VALUE}). The command line wins.
     """
     with session(common):
-        from lorasmith.io.models import resolve_model
-
-        # Before Trainer is imported, which takes seconds: a name that stands for nothing shows.
-        resolve_model(options.model, revision=options.revision)
-        from lorasmith.training.trainer import TrainingInterrupted
-        from lorasmith.training.trainer import train as run
+        from lorasmith.training.records import TrainingInterrupted
+        from lorasmith.training.run import train as run
 
         def interrupted(stop: TrainingInterrupted) -> None:
             result = stop.result

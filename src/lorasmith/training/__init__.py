@@ -19,7 +19,8 @@ if TYPE_CHECKING:
         perplexity,
     )
     from lorasmith.training.models import load_model, resolve_model
-    from lorasmith.training.trainer import TrainResult, train
+    from lorasmith.training.records import TrainResult
+    from lorasmith.training.run import train
 
 _HOME = {
     "AdapterOptions": "config",
@@ -31,8 +32,8 @@ _HOME = {
     "perplexity": "evaluate",
     "load_model": "models",
     "resolve_model": "models",
-    "TrainResult": "trainer",
-    "train": "trainer",
+    "TrainResult": "records",
+    "train": "run",
 }
 
 __all__ = [

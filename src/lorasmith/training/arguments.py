@@ -6,33 +6,15 @@ import math
 import os
 from typing import Any
 
-import torch
-
-from lorasmith.errors import ConfigError
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.huggingface import TrainingArguments
 from lorasmith.training.models import resolve_device
 from lorasmith.training.order import steps_per_epoch
 
-__all__ = ["choose_device", "training_arguments"]
+__all__ = ["training_arguments"]
 
 #: Number of points that the loss curve of a run has, unless log_steps says otherwise.
 _LOG_POINTS = 200
-
-
-def choose_device(config: TrainConfig) -> torch.device:
-    """The device of this process; a ConfigError where it is not the one that Trainer takes."""
-    device = resolve_device(config.device)
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if device.type == "cuda" and device.index not in (None, rank):
-        raise ConfigError(
-            "Trainer chooses among CUDA devices by itself.",
-            expected=f"cuda or cuda:{rank}",
-            got=config.device,
-            fix=f"set CUDA_VISIBLE_DEVICES={device.index} and give device cuda",
-            key="device",
-        )
-    return device
 
 
 def training_arguments(

@@ -11,7 +11,7 @@ from rich.console import Console
 from lorasmith.training.huggingface import TrainerCallback
 
 if TYPE_CHECKING:
-    from lorasmith.training.trainer import _AdapterTrainer
+    from lorasmith.training.trainer import AdapterTrainer
 
 __all__ = ["Bar", "Watch"]
 
@@ -19,7 +19,7 @@ __all__ = ["Bar", "Watch"]
 class Watch(TrainerCallback):
     """Ties the run's own rules to Trainer's loop."""
 
-    def __init__(self, trainer: _AdapterTrainer) -> None:
+    def __init__(self, trainer: AdapterTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -1,6 +1,5 @@
-"""The training run, on Transformers' Trainer and Accelerate.
+"""The loop of a run, on Transformers' Trainer and Accelerate.
 
-:func:`train` takes a :class:`~lorasmith.training.config.TrainConfig` and leaves an adapter.
 The loop, mixed precision, gradient accumulation and data parallelism are Trainer's. What is
 done differently here, and why:
 
@@ -23,16 +22,14 @@ done differently here, and why:
   the loss computation has at hand already. Their state is in ``optimizer.safetensors``.
 - No pickle is written or read: states are safetensors files (``training.states``).
 
-Here are the one call and the loop. What a run looks at before it trains is in ``training.outputs``
-(its directory), ``training.rows``, ``training.resuming`` and ``training.attaching``; its options
-become Trainer's in ``training.arguments``. The loop stands on ``training.checkpointing`` (what is
-written and read), ``training.order``, ``training.callbacks`` and ``training.signals``, and ends
-in ``training.records``.
+What comes before is in :mod:`lorasmith.training.run`. The options become Trainer's in
+``training.arguments``; the loop stands on ``training.checkpointing`` (what is written and read),
+``training.order``, ``training.callbacks`` and ``training.signals``, and ends in
+``training.records``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import math
@@ -43,32 +40,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
-from lorasmith.core.optim import check_lora_plus, param_groups
-from lorasmith.core.registry import variant_of
+from lorasmith.core.optim import param_groups
 from lorasmith.errors import (
-    ConfigError,
     MissingDependencyError,
     NonFiniteLossError,
     TrainingError,
 )
 from lorasmith.io.tokenizers import TokenizerRecord
-from lorasmith.training import checkpoints
-from lorasmith.training.anchor import load_anchors
-from lorasmith.training.arguments import choose_device, training_arguments
-from lorasmith.training.attaching import (
-    GradientCheckpointing,
-    attach_in_subspace,
-    choose_adapter_config,
-    detach_new,
-    original_weights,
-    restored,
-)
-from lorasmith.training.calibration import calibration_batches
-from lorasmith.training.callbacks import Bar
-from lorasmith.training.callbacks import Watch as _Watch
+from lorasmith.training.arguments import training_arguments
+from lorasmith.training.callbacks import Bar, Watch
 from lorasmith.training.checkpointing import STRESS, CheckpointingTrainer
 from lorasmith.training.collate import (
     ROW_TOKENS,
@@ -79,35 +61,22 @@ from lorasmith.training.collate import (
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.data import TASK, tasks_of
 from lorasmith.training.evaluate import (
-    contiguous_head_input,
     evaluating,
     exp_or_inf,
     length_batches,
 )
-from lorasmith.training.huggingface import PrinterCallback, TrainerCallback, set_seed
+from lorasmith.training.huggingface import PrinterCallback, TrainerCallback
 from lorasmith.training.loss import LossOutput, model_loss_output
-from lorasmith.training.models import load_model, quiet
-from lorasmith.training.order import RowOrder as _RowOrder
-from lorasmith.training.order import epoch_rows, steps_per_epoch
+from lorasmith.training.order import RowOrder, epoch_rows, steps_per_epoch
 from lorasmith.training.outputs import (
-    check_room,
     is_main,
-    make_output,
-    nothing_empty_left,
-    only_run,
-    prepare_output,
 )
-from lorasmith.training.progress import bar
 from lorasmith.training.records import (
-    EvalPoint,
-    LossPoint,
     TrainingInterrupted,
     TrainResult,
     number_or_nan,
-    peak_memory_bytes,
 )
 from lorasmith.training.resuming import Before, rows_digest
-from lorasmith.training.rows import check_tokens, collator_of, raw_rows, tokenised_rows
 from lorasmith.training.signals import StepGivenUpError, StopSignals
 from lorasmith.training.states import on_device, random_state
 
@@ -115,186 +84,23 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from lorasmith.core.adapter import Adapter
-    from lorasmith.core.config import AdapterConfig
     from lorasmith.dynamics.driver import Dynamics
     from lorasmith.dynamics.protocol import Dynamic
     from lorasmith.fleet.trainable import SubspaceTrainer
 
-__all__ = [
-    "EvalPoint",
-    "LossPoint",
-    "TrainResult",
-    "TrainingInterrupted",
-    "epoch_rows",
-    "peak_memory_bytes",
-    "rows_digest",
-    "steps_per_epoch",
-    "train",
-]
+__all__ = ["AdapterTrainer"]
 
 logger = logging.getLogger(__name__)
 
 #: Seconds for the first of several processes to say how it went, before the others end.
 _AFTER_THE_FIRST = 3.0
 
-# The run --------------------------------------------------------------------------------------
-
-
-def train(
-    config: TrainConfig,
-    *,
-    model: Any = None,
-    tokenizer: Any = None,
-    progress: bool = True,
-    leave: Callable[[TrainingInterrupted], None] | None = None,
-) -> TrainResult:
-    """Trains an adapter and saves it.
-
-    The adapter lands in ``config.output`` as a PEFT directory, with the course of the run in
-    ``training.json`` beside it and checkpoints in ``checkpoint-STEP``. Seeds the global
-    random number generators.
-
-    Args:
-        config: The run.
-        model: The base model, if it is in memory already; ``config.model`` is then only its
-            name. It keeps the trained adapter, named ``"default"``.
-        tokenizer: Its tokenizer; given if and only if ``model`` is.
-        progress: Whether to show progress on stderr.
-        leave: Called from a thread with what would be raised, if a batch goes on for 3 s after it
-            was given up and its checkpoint was written; the process ends when it returns. By
-            default it goes on, and TrainingInterrupted is raised when the batch is done.
-
-    Raises:
-        ConfigError: The configuration cannot work here.
-        ModelError, DataError: Model or data cannot be read.
-        TrainingError: The output is taken, or there is nothing good to resume from.
-        NonFiniteLossError: Loss or gradient became NaN or infinite. The last finite adapter
-            is in ``output/last-finite``.
-        TrainingInterrupted: SIGTERM or Ctrl-C.
-    """
-    if (model is None) != (tokenizer is None):
-        raise ConfigError(
-            "A model in memory comes with its tokenizer.",
-            expected="both model and tokenizer, or neither",
-            key="tokenizer",
-        )
-    adapter_config = choose_adapter_config(config)
-    rules = config.make_dynamics()
-    if config.lora_plus_ratio is not None:
-        check_lora_plus(variant_of(adapter_config))
-    device = choose_device(config)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(nothing_empty_left(config.output))
-        make_output(config.output)
-        stack.enter_context(only_run(config.output))
-        found = checkpoints.choose_checkpoint(config.resume, config.output, processes=processes)
-        prepare_output(config, found)
-        return _train(
-            config, adapter_config, rules, device, found, model, tokenizer, progress, leave
-        )
-
-
-def _train(
-    config: TrainConfig,
-    adapter_config: AdapterConfig,
-    rules: tuple[Dynamic, ...],
-    device: torch.device,
-    checkpoint: Path | None,
-    model: Any,
-    tokenizer: Any,
-    progress: bool,
-    leave: Callable[[TrainingInterrupted], None] | None,
-) -> TrainResult:
-    import lorasmith as ls
-
-    before = Before(config, checkpoint)
-    loaded = model is None
-    # Before the model, which may take minutes: what is wrong with the rows shows at once.
-    raw = raw_rows(config)
-    if model is None:
-        model, tokenizer = load_model(
-            config.model,
-            dtype=config.dtype,
-            device=str(device),
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            quantize=config.quantize,
-        )
-    with quiet(), contextlib.ExitStack() as failed, contextlib.ExitStack() as stack:
-        rows, eval_rows = tokenised_rows(config, tokenizer, *raw)
-        check_tokens(model, tokenizer, rows, eval_rows)
-        before.check_rows(rows)
-        before.check_base(model, tokenizer)
-        if variant_of(adapter_config).weight_use(adapter_config) == "start":
-            logger.info(
-                "The adapter starts from the base's weights: they are read layer by layer, "
-                "which may take a while."
-            )
-        set_seed(config.seed)
-        there = frozenset(ls.attached(model))
-        batches = calibration_batches(config, adapter_config, tokenizer, rows)
-        task = None if config.subspace is None else attach_in_subspace(config, model)
-        if task is not None:
-            adapter = task.adapter
-        else:
-            with bar(Console(stderr=True), shown=progress) as advance:
-                adapter = ls.attach(
-                    model,
-                    adapter_config,
-                    calibration=batches,
-                    dequantize=config.dequantize,
-                    originals=original_weights(config, adapter_config) if loaded else None,
-                    progress=advance,
-                )
-        if not loaded:
-            # On failure a model that belongs to the caller must be as it was.
-            failed.callback(detach_new, model, there)
-        if is_main():
-            check_room(config, adapter)
-        collate, packing = collator_of(config, model, tokenizer)
-        load_anchors(
-            rules,
-            model,
-            tokenizer,
-            collate=collate,
-            batch_size=config.eval_batch_size or config.batch_size,
-            max_length=config.max_length,
-            device=device,
-            seed=config.seed,
-        )
-        stack.enter_context(restored(model))
-        trainer = _AdapterTrainer(
-            config,
-            model,
-            adapter,
-            rules,
-            rows,
-            eval_rows,
-            collate,
-            packing,
-            before,
-            progress,
-            task,
-            TokenizerRecord.of(tokenizer),
-            leave,
-        )
-        stack.callback(trainer.close_dynamics)
-        stack.enter_context(contiguous_head_input(model))
-        stack.enter_context(GradientCheckpointing(model, config.gradient_checkpointing))
-        result = trainer.run(checkpoint)
-        failed.pop_all()
-    return result
-
-
-# Trainer --------------------------------------------------------------------------------------
-
 
 class _InterruptedError(Exception):
     """A signal came during an evaluation."""
 
 
-class _AdapterTrainer(CheckpointingTrainer):
+class AdapterTrainer(CheckpointingTrainer):
     """Trainer for an adapter on a frozen base model."""
 
     # ``compute_loss`` divides by the tokens of the whole optimiser step.
@@ -363,7 +169,7 @@ class _AdapterTrainer(CheckpointingTrainer):
             find_unused=any(rule.name == STRESS for rule in rules),
         )
         self.bar = Bar() if progress and is_main() else None
-        callbacks: list[TrainerCallback] = [_Watch(self)]
+        callbacks: list[TrainerCallback] = [Watch(self)]
         if self.bar is not None:
             callbacks.append(self.bar)
         try:
@@ -604,13 +410,13 @@ class _AdapterTrainer(CheckpointingTrainer):
 
     # -- data ----------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> _RowOrder:
+    def _get_train_sampler(self, train_dataset: Any = None) -> RowOrder:
         rows = self.rows if train_dataset is None else train_dataset
         # Packed rows leave no padding, so that their lengths do not matter.
         grouped = not isinstance(self.plain_collate, PackingCollator)
         world = self.args.world_size
         per_epoch = steps_per_epoch(self.epoch_rows, self.run_config, world)
-        return _RowOrder(
+        return RowOrder(
             list(rows["length"]) if grouped else None,
             len(rows),
             self.run_config.batch_size * world,
