@@ -9,6 +9,7 @@ everything below; the subclasses that replace a built-in also inherit from it, s
 from __future__ import annotations
 
 import os
+from typing import TypeVar
 
 from lorasmith.redaction import redact
 
@@ -28,6 +29,7 @@ __all__ = [
     "UnknownNameError",
     "UnsupportedFeatureError",
     "first_line",
+    "in_file",
     "short",
 ]
 
@@ -80,6 +82,33 @@ class LorasmithError(Exception):
         # The default would replay only the rendered message through ``__init__``
         # and lose the fields when an error crosses a process boundary.
         return (_rebuild, (type(self), self.__dict__.copy()))
+
+
+_E = TypeVar("_E", bound=LorasmithError)
+
+
+def in_file(
+    error: LorasmithError,
+    file: str | os.PathLike[str] | None,
+    kind: type[_E],
+    key: str | None = None,
+) -> _E:
+    """The same error as one of that file, for what is read without knowing where it comes from.
+
+    Args:
+        error: What was raised.
+        file: Where what it is about stands.
+        kind: Class of the new one.
+        key: Its key, where the error has none.
+    """
+    return kind(
+        error.what,
+        expected=error.expected,
+        got=error.got,
+        fix=error.fix,
+        file=file,
+        key=error.key or key,
+    )
 
 
 def _rebuild(kind: type[LorasmithError], fields: dict[str, object]) -> LorasmithError:

@@ -23,20 +23,12 @@ from lorasmith.training.models import load_model
 from lorasmith.training.records import TrainResult
 from lorasmith.training.run import train
 from tests.training.processes import train_in_two
-from tests.training.tiny import ROWS, load_no_model, make_config, make_tokenizer, write_rows
+from tests.training.tiny import MULTI, ROWS, load_no_model, make_config, make_tokenizer, write_rows
 
 TASKS = [{**row, "task": "long" if i % 2 == 0 else "short"} for i, row in enumerate(ROWS)]
 
+
 #: Enters Multi at once and stays there: no threshold can be missed.
-MULTI: dict[str, Any] = {
-    "weights": [0.0, 1.0, 1.0],
-    "multi": [0.0, 1e-6],
-    "mirror": [0.98, 0.99],
-    "cooldown": 2,
-    "every": 1,
-}
-
-
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", TASKS)

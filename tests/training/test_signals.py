@@ -27,19 +27,11 @@ from lorasmith.training.run import train
 from lorasmith.training.signals import StepGivenUpError, StopSignals
 from tests.training.killing import ACCUMULATION, STEPS, Watched, config, differences
 from tests.training.processes import LAUNCH, environment, train_in_two
-from tests.training.tiny import ROWS, write_rows
+from tests.training.tiny import MULTI, ROWS, write_rows
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="no such signals")
 
 HANDLED = (signal.SIGTERM, signal.SIGINT)
-#: A stress controller that goes to Multi as soon as it may.
-MULTI = {
-    "weights": [0.0, 1.0, 1.0],
-    "multi": [0.0, 1e-6],
-    "mirror": [0.98, 0.99],
-    "cooldown": 2,
-    "every": 1,
-}
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ import torch
 from lorasmith.training.config import AdapterOptions, TrainConfig
 
 __all__ = [
+    "MULTI",
     "ROWS",
     "SYSTEM",
     "TEMPLATE",
@@ -38,6 +39,16 @@ ROWS = [
     {"prompt": f"Count to {n}." + " please" * (n % 5), "completion": " ".join(map(str, range(n)))}
     for n in range(2, 26)
 ]
+
+
+#: A stress controller that goes to Multi as soon as it may.
+MULTI: dict[str, Any] = {
+    "weights": [0.0, 1.0, 1.0],
+    "multi": [0.0, 1e-6],
+    "mirror": [0.98, 0.99],
+    "cooldown": 2,
+    "every": 1,
+}
 
 
 def make_tokenizer() -> Any:

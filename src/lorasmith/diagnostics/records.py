@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from lorasmith.errors import ConfigError
+from lorasmith.errors import ConfigError, in_file
 
 __all__ = [
     "Aggregate",
@@ -508,14 +508,7 @@ class RotationReport:
         try:
             return cls.from_dict(values)
         except ConfigError as error:
-            raise ConfigError(
-                error.what,
-                expected=error.expected,
-                got=error.got,
-                fix=error.fix,
-                key=error.key,
-                file=file,
-            ) from error
+            raise in_file(error, file, ConfigError) from error
 
     # -- in words ----------------------------------------------------------------------
 

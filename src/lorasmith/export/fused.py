@@ -67,7 +67,7 @@ from typing import Any, Final
 import torch
 
 from lorasmith import __version__
-from lorasmith.errors import ConfigError, FuseError
+from lorasmith.errors import ConfigError, FuseError, in_file
 from lorasmith.export.fuse_adapters import open_adapters
 from lorasmith.export.fuse_base import open_base
 from lorasmith.export.fuse_matrix import FusedWeight
@@ -278,14 +278,7 @@ def fuse_checkpoint(
         except FuseError as error:
             if error.file is not None:
                 raise
-            raise FuseError(
-                error.what,
-                expected=error.expected,
-                got=error.got,
-                fix=error.fix,
-                key=error.key,
-                file=base.resolved.path,
-            ) from error
+            raise in_file(error, base.resolved.path, FuseError) from error
         for name, path in copies.items():
             shutil.copyfile(path, stage / name)
         saved = base.save_rest(stage)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lorasmith import __version__
-from lorasmith.errors import AdapterFileError, LorasmithError
+from lorasmith.errors import AdapterFileError, LorasmithError, in_file
 from lorasmith.fleet.codec import Rows, codec_of
 from lorasmith.fleet.codes import ABSENT, DIAGONAL, FACTORED, FULL, LOADINGS, PARTS, Layer
 from lorasmith.fleet.members import MemberRecord, check_id
@@ -37,7 +37,7 @@ from lorasmith.io.fingerprint import Fingerprint
 from lorasmith.io.hub import fetch, release
 from lorasmith.io.strict import check_inside, read_object
 from lorasmith.io.tensors import FileTensors, sha256_of
-from lorasmith.io.weights import BaseModel, as_path, in_file
+from lorasmith.io.weights import BaseModel, as_path
 
 if TYPE_CHECKING:
     from lorasmith.fleet.subspace import SharedSubspace
@@ -266,7 +266,7 @@ def _load(folder: Path) -> SharedSubspace:
     except AdapterFileError as error:
         if error.file is not None:
             raise
-        raise in_file(error, folder / MANIFEST) from error
+        raise in_file(error, folder / MANIFEST, AdapterFileError) from error
     except (
         LorasmithError,
         KeyError,

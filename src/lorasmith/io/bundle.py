@@ -26,10 +26,9 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 from torch import nn
 
 from lorasmith import __version__
-from lorasmith.errors import AdapterFileError, ConfigError
+from lorasmith.errors import AdapterFileError, ConfigError, in_file
 from lorasmith.io import peft
 from lorasmith.io.card import RUN, adapter_card, fleet_card
-from lorasmith.io.checks import in_file
 from lorasmith.io.files import read_adapter
 from lorasmith.io.hub import FLEET, FLEET_FILES, HUB_ID, adapters_below, fetch, is_url, locate
 from lorasmith.io.strict import check_inside, read_object
@@ -219,7 +218,7 @@ def _checked(held: Path, folder: Path) -> AdapterWeights:
         except AdapterFileError as error:
             # Under the name that the user knows.
             place = str(error.file or "").replace(os.fspath(held), os.fspath(folder))
-            raise in_file(error, place or folder) from error
+            raise in_file(error, place or folder, AdapterFileError) from error
     return weights
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorasmith.errors import AdapterFileError, LorasmithError
+from lorasmith.errors import AdapterFileError
 from lorasmith.io import peft
 
-__all__ = ["as_path", "check_finite", "check_target", "in_file", "reason_for", "some"]
+__all__ = ["as_path", "check_finite", "check_target", "reason_for", "some"]
 
 #: What a URL, or the Path that was made of one, begins with.
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -110,18 +110,6 @@ def reason_for(key: str) -> str:
         if pattern.search(key):
             return reason
     return "nothing in the configuration asks for it"
-
-
-def in_file(error: LorasmithError, file: str | os.PathLike[str]) -> AdapterFileError:
-    """The same error as one of that file."""
-    return AdapterFileError(
-        error.what,
-        expected=error.expected,
-        got=error.got,
-        fix=error.fix,
-        key=error.key,
-        file=file,
-    )
 
 
 def some(names: Collection[str], count: int = 4) -> str:

@@ -26,9 +26,14 @@ from lorasmith.core.layers import LayerInfo
 from lorasmith.core.patterns import first_matching_key
 from lorasmith.core.registry import config_from_dict, variants
 from lorasmith.core.variant import Variant
-from lorasmith.errors import AdapterFileError, LorasmithError, UnsupportedFeatureError
+from lorasmith.errors import (
+    AdapterFileError,
+    LorasmithError,
+    UnsupportedFeatureError,
+    in_file,
+)
 from lorasmith.io import peft
-from lorasmith.io.checks import in_file, some
+from lorasmith.io.checks import some
 from lorasmith.io.layout import arrange
 from lorasmith.io.tensors import TensorSource
 
@@ -82,7 +87,9 @@ def translate(
     except LorasmithError as error:
         # What the tensors lack is the other file's fault.
         of_weights = isinstance(error, AdapterFileError)
-        raise in_file(error, file.with_name(peft.WEIGHTS) if of_weights else file) from error
+        raise in_file(
+            error, file.with_name(peft.WEIGHTS) if of_weights else file, AdapterFileError
+        ) from error
     except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
         raise AdapterFileError(
             f"A value in the configuration has an impossible type: {error}.",
@@ -160,7 +167,7 @@ def record_config(record: Mapping[str, Any], file: Path) -> AdapterConfig | None
     try:
         return config_from_dict(values)
     except LorasmithError as error:
-        raise in_file(error, file) from error
+        raise in_file(error, file, AdapterFileError) from error
     except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
         raise AdapterFileError(
             f"The configuration is malformed: {error}.",

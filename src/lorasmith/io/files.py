@@ -38,6 +38,7 @@ from lorasmith.errors import (
     ConfigError,
     FuseError,
     LorasmithError,
+    in_file,
 )
 from lorasmith.io import peft
 from lorasmith.io.fingerprint import Fingerprint, fingerprint
@@ -51,7 +52,6 @@ from lorasmith.io.weights import (
     AdapterWeights,
     BaseModel,
     check_finite,
-    in_file,
     reason_for,
     record_config,
     translate,
@@ -203,9 +203,9 @@ def _read(folder: Path) -> AdapterWeights:
     except AdapterFileError as error:
         if error.file is not None:
             raise
-        raise in_file(error, weights_file) from error
+        raise in_file(error, weights_file, AdapterFileError) from error
     except ConfigError as error:  # a pattern of ranks that takes too long
-        raise in_file(error, config_file) from error
+        raise in_file(error, config_file, AdapterFileError) from error
 
 
 def _own_record(folder: Path, config: bytes, weights: Path) -> dict[str, Any] | None:
@@ -356,7 +356,7 @@ def _base(fields: Mapping[str, Any], record: Mapping[str, Any] | None, file: Pat
         found = None if stored is None else Fingerprint.from_dict(stored)
         tokenizer = None if words is None else TokenizerRecord.from_dict(words)
     except AdapterFileError as error:
-        raise in_file(error, file) from error
+        raise in_file(error, file, AdapterFileError) from error
     return BaseModel(name if isinstance(name, str) and name else None, found, tokenizer)
 
 
@@ -564,7 +564,7 @@ def check_targets(root: nn.Module, weights: AdapterWeights, file: Path) -> None:
     try:
         wanted = peft.targeted(weights.peft, names, heads.__contains__)
     except ConfigError as error:  # an expression that is wrong or takes too long
-        raise in_file(error, file.with_name(peft.CONFIG)) from error
+        raise in_file(error, file.with_name(peft.CONFIG), AdapterFileError) from error
     if wanted is None:
         return
     here = set(weights.modules)

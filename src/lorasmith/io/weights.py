@@ -31,7 +31,7 @@ from lorasmith.core.variant import Factors, NewTensors, TensorSpec, Variant
 from lorasmith.errors import AdapterFileError, UnknownNameError
 from lorasmith.io import assembly, layout, peft
 from lorasmith.io.atomic import explained_failure, replace_files
-from lorasmith.io.checks import as_path, check_finite, check_target, in_file, reason_for, some
+from lorasmith.io.checks import as_path, check_finite, check_target, reason_for, some
 from lorasmith.io.configuration import (
     MAX_SCALING,
     check_scaling,
@@ -56,7 +56,6 @@ __all__ = [
     "as_path",
     "check_finite",
     "check_target",
-    "in_file",
     "reason_for",
     "record_config",
     "translate",

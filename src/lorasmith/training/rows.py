@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lorasmith.errors import DataError
+from lorasmith.errors import DataError, in_file
 from lorasmith.training.collate import Collator, PackingCollator, choose_collator
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.data import (
@@ -62,14 +62,7 @@ def read_from(source: str | None) -> Iterator[None]:
     except DataError as error:
         if error.file is not None:
             raise
-        raise DataError(
-            error.what,
-            expected=error.expected,
-            got=error.got,
-            fix=error.fix,
-            file=source,
-            key=error.key or "data",
-        ) from error
+        raise in_file(error, source, DataError, "data") from error
 
 
 def tokenised_rows(
