@@ -15,6 +15,7 @@ os.environ["MPLBACKEND"] = "Agg"
 import ipaddress
 import random
 import shutil
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -58,6 +59,17 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_heard() -> Iterator[None]:
+    """The suite may run behind a shell's ``&``, which ignores Ctrl-C here and in all children."""
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    if ignored:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @pytest.fixture(autouse=True)

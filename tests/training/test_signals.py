@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,6 @@ from tests.training.tiny import MULTI, ROWS, write_rows
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="no such signals")
 
 HANDLED = (signal.SIGTERM, signal.SIGINT)
-
-
-@pytest.fixture(autouse=True)
-def _not_ignored() -> Iterator[None]:
-    """The suite may run behind a shell's ``&``, which ignores Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
