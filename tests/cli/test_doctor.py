@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,8 @@ def test_directories_of_adapters(call: Any, tmp_path: Path) -> None:
 
 
 def test_runs_and_checkpoints(call: Any, tmp_path: Path) -> None:
+    from transformers import TrainerState
+
     from lorasmith.training import checkpoints
     from lorasmith.training.states import save_state
 
@@ -208,7 +211,8 @@ def test_runs_and_checkpoints(call: Any, tmp_path: Path) -> None:
                     (partial / "adapter_model.safetensors").read_bytes()
                 )
             elif name == "trainer_state.json":
-                (partial / name).write_text(json.dumps({"global_step": step}))
+                state = TrainerState(global_step=step, max_steps=10, train_batch_size=4)
+                (partial / name).write_text(json.dumps(asdict(state)))
             elif name.endswith(".safetensors") and not (partial / name).exists():
                 save_state({"step": step}, partial / name)
             elif not (partial / name).exists():
