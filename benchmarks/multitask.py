@@ -65,8 +65,7 @@ def _batch(tokenizer: Any, rows: int, tokens: int) -> dict[str, Tensor]:
 def _synthetic(model: Any, tasks: int, directions: int, rank: int) -> Any:
     """A fleet of random tasks on all linear layers, int8."""
     import lorasmith as ls
-    from lorasmith.fleet.building import coded
-    from lorasmith.fleet.codes import Layer
+    from lorasmith.fleet.codes import Layer, coded
     from lorasmith.fleet.members import MemberRecord
     from lorasmith.fleet.records import Adapter
     from lorasmith.fleet.subspace import SharedSubspace

@@ -174,7 +174,7 @@ def test_threads_do_not_change_the_result(
     """Nor does where factors come from."""
     sources = _fleet(8, gauged=True)
     paths = {n: s.save(tmp_path / n) for n, s in sources.items()}
-    monkeypatch.setattr("lorasmith.fleet.building._STACK", 1)
+    monkeypatch.setattr("lorasmith.fleet.stacks._STACK", 1)
     torch.set_num_threads(1)
     one = SharedSubspace.from_adapters(sources, error=0.05, **options)
     for given in (sources, paths):

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorasmith.adapters.lora import LoRAConfig
-from lorasmith.fleet.building import absent, coded
-from lorasmith.fleet.codes import Layer
+from lorasmith.fleet.codes import Layer, absent, coded
 from lorasmith.fleet.share import balance
 from lorasmith.fleet.subspace import SharedSubspace
 from lorasmith.fleet.trimming import kept_ranks, trim

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from lorasmith.fleet import incremental, parallel, share
 from lorasmith.fleet.accounting import distances
-from lorasmith.fleet.building import Progress, Target, absent, coded, joint_pairs, pair_costs
+from lorasmith.fleet.building import Progress, Target
+from lorasmith.fleet.building_joint import joint_pairs, pair_costs
 from lorasmith.fleet.codec import Rows
-from lorasmith.fleet.codes import LOADINGS, PARTS, Code, Layer
+from lorasmith.fleet.codes import LOADINGS, PARTS, Code, Layer, absent, coded
 from lorasmith.fleet.incremental import orthonormal, square
 from lorasmith.fleet.joint import choose, lost
 from lorasmith.fleet.members import Member

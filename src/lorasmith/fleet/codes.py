@@ -25,7 +25,18 @@ from torch import Tensor
 
 from lorasmith.fleet.codec import Codec, Rows
 
-__all__ = ["ABSENT", "DIAGONAL", "FACTORED", "FULL", "LOADINGS", "Code", "Layer", "is_diagonal"]
+__all__ = [
+    "ABSENT",
+    "DIAGONAL",
+    "FACTORED",
+    "FULL",
+    "LOADINGS",
+    "Code",
+    "Layer",
+    "absent",
+    "coded",
+    "is_diagonal",
+]
 
 ABSENT, FULL, FACTORED, DIAGONAL, LOADINGS = range(5)
 
@@ -245,6 +256,44 @@ class Layer:
             rows: Rows = getattr(self, name)
             if rows.codec != codec:
                 setattr(self, name, Rows.pack(rows.unpack(), codec))
+
+
+def absent(sizes: tuple[int, int], columns: tuple[int, int]) -> Code:
+    """The code of an adapter that has nothing on a layer.
+
+    Args:
+        sizes: (d_out, d_in).
+        columns: Lengths of the rows of left and right.
+    """
+    return Code(
+        ABSENT,
+        torch.zeros(0, columns[0]),
+        torch.zeros(0, columns[1]),
+        torch.zeros(0, sizes[0]),
+        torch.zeros(0, sizes[1]),
+    )
+
+
+def coded(left: Tensor, right: Tensor, sizes: tuple[int, int], *, diagonal: bool = False) -> Code:
+    """The core leftᵀ right in the kind that takes the fewest numbers; without a residual.
+
+    Args:
+        left: [k, R_u].
+        right: [k, R_d].
+        sizes: (d_out, d_in) of the layer.
+        diagonal: Whether to keep the diagonal only.
+    """
+    none = torch.zeros(0, sizes[0]), torch.zeros(0, sizes[1])
+    Ru, Rd = left.shape[1], right.shape[1]
+    if diagonal:
+        size = min(Ru, Rd)
+        return Code(
+            DIAGONAL, left[:0], (left[:, :size] * right[:, :size]).sum(0, keepdim=True), *none
+        )
+    if left.shape[0] * (Ru + Rd) < Ru * Rd:
+        return Code(FACTORED, left.contiguous(), right.contiguous(), *none)
+    core = (left.to(torch.float64).mT @ right.to(torch.float64)).to(torch.float32)
+    return Code(FULL, left[:0], core, *none)
 
 
 def is_diagonal(core: Tensor) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lorasmith.errors import ConfigError
 from lorasmith.fleet import incremental, share
-from lorasmith.fleet.building import Progress, coded
+from lorasmith.fleet.building import Progress
 from lorasmith.fleet.codec import Codec
 from lorasmith.fleet.codes import (
     DIAGONAL,
@@ -33,6 +33,7 @@ from lorasmith.fleet.codes import (
     PARTS,
     Code,
     Layer,
+    coded,
     is_diagonal,
 )
 from lorasmith.fleet.members import Member

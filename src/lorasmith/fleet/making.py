@@ -19,20 +19,15 @@ import torch
 
 from lorasmith.errors import AdapterFileError
 from lorasmith.fleet.accounting import entry
-from lorasmith.fleet.building import (
-    Built,
-    Gauge,
-    Progress,
-    Stacks,
-    Target,
-    build_joint,
-    build_share,
-)
+from lorasmith.fleet.building import Built, Gauge, Progress, Target
+from lorasmith.fleet.building_joint import build_joint
+from lorasmith.fleet.building_share import build_share
 from lorasmith.fleet.codes import Layer
 from lorasmith.fleet.members import Member
 from lorasmith.fleet.options import Basis
 from lorasmith.fleet.quantizing import measure, within_budget
 from lorasmith.fleet.records import Adapter, BudgetWarning
+from lorasmith.fleet.stacks import Stacks
 from lorasmith.fleet.streaming import JointStream, Stream, blocks
 from lorasmith.io.weights import BaseModel
 

@@ -27,16 +27,9 @@ from torch import Tensor
 
 from lorasmith.errors import ConfigError
 from lorasmith.fleet import joint, parallel, share
-from lorasmith.fleet.building import (
-    Built,
-    Progress,
-    Target,
-    absent,
-    coded,
-    joint_pairs,
-    pair_costs,
-)
-from lorasmith.fleet.codes import Layer
+from lorasmith.fleet.building import Built, Progress, Target
+from lorasmith.fleet.building_joint import joint_pairs, pair_costs
+from lorasmith.fleet.codes import Layer, absent, coded
 from lorasmith.fleet.members import (
     BaseCheck,
     Member,

@@ -56,7 +56,7 @@ from lorasmith.fleet import (
     reconstruction,
     store,
 )
-from lorasmith.fleet.building import FixedGauge, Gauge, Progress, Stacks, Target
+from lorasmith.fleet.building import FixedGauge, Gauge, Progress, Target
 from lorasmith.fleet.codes import Code, Layer
 from lorasmith.fleet.members import (
     LayerFactors,
@@ -69,6 +69,7 @@ from lorasmith.fleet.members import (
 from lorasmith.fleet.options import DEFAULT_ERROR, MEMORY, Basis
 from lorasmith.fleet.records import Absorbed, Adapter, BudgetWarning, Projection, Quantized, Stats
 from lorasmith.fleet.residuals import Part
+from lorasmith.fleet.stacks import Stacks
 from lorasmith.fleet.streaming import JointStream, Stream
 from lorasmith.io.weights import AdapterWeights, BaseModel
 
