@@ -12,7 +12,9 @@ import torch
 
 import lorasmith as ls
 from lorasmith.errors import BaseMismatchError, ConfigError
-from lorasmith.fleet.analysis import clusters, coverage, diff, embedding, outliers, redundancy
+from lorasmith.fleet.analysis import clusters, embedding, outliers, redundancy
+from lorasmith.fleet.covering import coverage
+from lorasmith.fleet.differences import diff
 from lorasmith.fleet.similarity import SimilarityMatrix, similarity
 from tests.fleet.fleets import SIZES, adapter, dense, related
 from tests.io.support import saved

@@ -22,7 +22,7 @@ from lorasmith.cli.output import Common, CommonOptions, emit, grid, number, sess
 from lorasmith.errors import AdapterFileError, ConfigError, LorasmithError
 
 if TYPE_CHECKING:
-    from lorasmith.fleet.analysis import Diff, LayerDiff
+    from lorasmith.fleet.differences import Diff, LayerDiff
     from lorasmith.fleet.members import Member
     from lorasmith.fleet.similarity import SimilarityMatrix
 
@@ -221,11 +221,11 @@ def diff(
         Compare even if they name different base models.
     """
     with session(common):
-        from lorasmith.fleet import analysis
+        from lorasmith.fleet.differences import diff
         from lorasmith.progress import bar
 
         with bar(stderr(), shown=not common.quiet) as progress:
-            found = analysis.diff(a, b, allow_base_mismatch=allow_base_mismatch, progress=progress)
+            found = diff(a, b, allow_base_mismatch=allow_base_mismatch, progress=progress)
         emit(common, found.to_dict(), lambda console: _show_diff(console, found))
     return 0
 
@@ -359,7 +359,7 @@ def _is_fleet(path: str) -> bool:
 def _coverage(
     given: Any, subspace: str, allow_base_mismatch: bool, progress: Any
 ) -> dict[str, float]:
-    from lorasmith.fleet.analysis import coverage
+    from lorasmith.fleet.covering import coverage
     from lorasmith.fleet.members import open_members
     from lorasmith.fleet.subspace import SharedSubspace
 

@@ -1,7 +1,8 @@
 """Many adapters of one base model: read, compare, compress, merge and serve them.
 
 ``members`` is how the rest sees an adapter; ``similarity`` and ``analysis`` compare adapters
-without regard to how each of them factored its ΔW, ``plots`` draws that.
+without regard to how each of them factored its ΔW, ``differences`` two of them layer by layer;
+``covering`` says how much of one a subspace holds; ``plots`` draws that.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ _EXPORTS = {
     "outliers": "lorasmith.fleet.analysis",
     "factor_gram": "lorasmith.fleet.similarity",
     "embedding": "lorasmith.fleet.analysis",
-    "diff": "lorasmith.fleet.analysis",
-    "coverage": "lorasmith.fleet.analysis",
+    "diff": "lorasmith.fleet.differences",
+    "coverage": "lorasmith.fleet.covering",
     "clusters": "lorasmith.fleet.analysis",
     "SimilarityMatrix": "lorasmith.fleet.similarity",
     "Outliers": "lorasmith.fleet.analysis",
     "Embedding": "lorasmith.fleet.analysis",
-    "Diff": "lorasmith.fleet.analysis",
-    "Coverage": "lorasmith.fleet.analysis",
+    "Diff": "lorasmith.fleet.differences",
+    "Coverage": "lorasmith.fleet.covering",
     "Clusters": "lorasmith.fleet.analysis",
     "LayerFactors": "lorasmith.fleet.members",
     "Member": "lorasmith.fleet.members",
@@ -42,16 +43,16 @@ _EXPORTS = {
 
 if TYPE_CHECKING:
     from lorasmith.fleet.analysis import Clusters as Clusters
-    from lorasmith.fleet.analysis import Coverage as Coverage
-    from lorasmith.fleet.analysis import Diff as Diff
     from lorasmith.fleet.analysis import Embedding as Embedding
     from lorasmith.fleet.analysis import Outliers as Outliers
     from lorasmith.fleet.analysis import clusters as clusters
-    from lorasmith.fleet.analysis import coverage as coverage
-    from lorasmith.fleet.analysis import diff as diff
     from lorasmith.fleet.analysis import embedding as embedding
     from lorasmith.fleet.analysis import outliers as outliers
     from lorasmith.fleet.analysis import redundancy as redundancy
+    from lorasmith.fleet.covering import Coverage as Coverage
+    from lorasmith.fleet.covering import coverage as coverage
+    from lorasmith.fleet.differences import Diff as Diff
+    from lorasmith.fleet.differences import diff as diff
     from lorasmith.fleet.members import LayerFactors as LayerFactors
     from lorasmith.fleet.members import Member as Member
     from lorasmith.fleet.members import MemberRecord as MemberRecord

@@ -1,4 +1,4 @@
-"""What a fleet is made of: groups, outliers, duplicates, a map; and one adapter against another.
+"""What a fleet is made of: groups, outliers, duplicates, a map.
 
 All of it rests on inner products of ΔW (``similarity``), so that none of it depends on how an
 adapter factored its ΔW.
@@ -26,9 +26,6 @@ adapter factored its ΔW.
   reported: at least ``min_gap`` of cosine, or a factor of 1.25 in size. An adapter that does
   nothing (ΔW = 0) is always ``"small"`` where most others do something; it has no direction,
   and so no part in the first score.
-* :func:`diff`: two adapters layer by layer, exactly: differences through QR of both factors
-  side by side in float64, and principal angles of column and row spaces.
-* :func:`coverage`: the share of ‖ΔW‖² inside given subspaces, ‖U Uᵀ ΔW Vᵀ V‖² / ‖ΔW‖².
 * :func:`redundancy`: pairs of which one can stand in for the other (relative distance at most
   the threshold), or that both are near enough to their mean (at most twice that: the mean is
   half their distance away from either).
@@ -37,22 +34,18 @@ adapter factored its ΔW.
 
 ΔW = 0 has the cosine 0 with everything, itself included: in clusters it is a group by itself, on
 the map it is the origin of the unit vectors, and two such adapters stand in for each other.
-There is nothing of it to cover, so that all of it is covered.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from lorasmith.errors import ConfigError, MissingDependencyError
-from lorasmith.fleet.members import Member, Source, default_ids, open_members
 from lorasmith.fleet.similarity import SimilarityMatrix
 
 if TYPE_CHECKING:
@@ -60,24 +53,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Clusters",
-    "Coverage",
-    "Diff",
     "Embedding",
-    "LayerCoverage",
-    "LayerDiff",
     "Outlier",
     "Outliers",
     "Redundancy",
     "clusters",
-    "coverage",
-    "diff",
     "embedding",
     "outliers",
     "redundancy",
 ]
 
 _Array: TypeAlias = "NDArray[np.float64]"
-_Progress: TypeAlias = Callable[[str, int, int], None] | None
 
 #: Fewest adapters among which an outlier can be told: of three, any one is far from the others.
 FEWEST = 4
@@ -85,15 +71,18 @@ FEWEST = 4
 #: share pairs are not quite normal: at a nominal 1.7 % the direction test alone raised 2 to 3 %
 #: false alarms in simulated fleets of 4 to 30.
 _TESTS = 4
-#: Directions below this share of a layer's largest singular value are rounding.
-_NOISE = 1e-6
 #: 1 − cosine from which adapters have nothing to do with each other. Of adapters trained on
 #: different tasks it is 0.94 and more, on one task with different seeds and ranks 0.5 to 0.8.
 _UNRELATED = 0.95
 _LINKAGES = ("average", "complete", "single")
 
 
-def _scipy(name: str) -> Any:
+def scipy_part(name: str) -> Any:
+    """A module of SciPy, which is imported on first use.
+
+    Raises:
+        MissingDependencyError: It is not installed.
+    """
     from importlib import import_module
 
     try:
@@ -192,7 +181,7 @@ def clusters(
     if n == 1:
         height = 0.0 if threshold is None else float(threshold)
         return Clusters(similar.ids, (0,), (similar.ids,), np.zeros((0, 4)), (0,), height, method)
-    hierarchy, spatial = _scipy("cluster.hierarchy"), _scipy("spatial.distance")
+    hierarchy, spatial = scipy_part("cluster.hierarchy"), scipy_part("spatial.distance")
     gaps = 1.0 - similar.cosine
     np.fill_diagonal(gaps, 0.0)
     gaps = np.clip((gaps + gaps.T) / 2, 0.0, 2.0)
@@ -371,7 +360,7 @@ def outliers(
 
 def _extreme(values: _Array, rounds: int, alpha: float) -> list[tuple[int, float, float]]:
     """(place, R, λ) of the values that are too large, by Rosner's test to one side."""
-    student = _scipy("stats").t
+    student = scipy_part("stats").t
     left = list(range(len(values)))
     taken: list[tuple[int, float, float]] = []
     last = 0
@@ -512,351 +501,3 @@ def embedding(similar: SimilarityMatrix) -> Embedding:
         points[:, k] *= 1.0 if points[np.argmax(np.abs(points[:, k])), k] >= 0 else -1.0
     total = float(values.sum())
     return Embedding(similar.ids, points, float(values[:2].sum()) / total if total > 0 else 1.0)
-
-
-# Two adapters ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LayerDiff:
-    """Two adapters on one layer.
-
-    Attributes:
-        module: Name of the layer.
-        norm_a, norm_b: ‖ΔW‖ of each; 0 where it does not adapt the layer.
-        difference: ‖ΔW_a − ΔW_b‖.
-        relative: The same over max(‖ΔW_a‖, ‖ΔW_b‖); 0 where both are 0.
-        cosine: Of the two; ``None`` where one is 0.
-        rank_a, rank_b: Numerical ranks.
-        output_angles: Principal angles of the column spaces in degrees, the smallest one first.
-        input_angles: Those of the row spaces.
-    """
-
-    module: str
-    norm_a: float
-    norm_b: float
-    difference: float
-    relative: float
-    cosine: float | None
-    rank_a: int
-    rank_b: int
-    output_angles: tuple[float, ...]
-    input_angles: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Diff:
-    """Two adapters, layer by layer.
-
-    Attributes:
-        a, b: Their names.
-        layers: One record for each layer that at least one of them adapts.
-        norm_a, norm_b, difference, relative, cosine: As in :class:`LayerDiff`, of all layers.
-        only_a, only_b: Layers that only one of them adapts.
-        rest: Tensor beside the factors (DoRA's magnitudes, modules_to_save) → relative
-            difference; ``None`` where only one has it or the shapes differ.
-        notes: What the figures leave out.
-    """
-
-    a: str
-    b: str
-    layers: tuple[LayerDiff, ...]
-    norm_a: float
-    norm_b: float
-    difference: float
-    relative: float
-    cosine: float | None
-    only_a: tuple[str, ...]
-    only_b: tuple[str, ...]
-    rest: Mapping[str, float | None]
-    notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it in types that JSON can hold."""
-        return asdict(self)
-
-
-def diff(
-    a: Source,
-    b: Source,
-    *,
-    allow_base_mismatch: bool = False,
-    progress: _Progress = None,
-) -> Diff:
-    """Compares two adapters layer by layer, exactly.
-
-    Args:
-        a: The one.
-        b: The other.
-        allow_base_mismatch: Whether they may be of different base models.
-        progress: Called with ("diff", layers done, layers).
-
-    Raises:
-        AdapterFileError: If one cannot be read.
-        BaseMismatchError: If they are of different base models.
-        UnsupportedFeatureError: If one has no low-rank factors.
-        MissingDependencyError: SciPy is not installed.
-    """
-    angles = _scipy("linalg").subspace_angles
-    # A mapping: each is one adapter, and a directory of several is refused with their names.
-    first, second = open_members(
-        dict(zip(default_ids([a, b]), [a, b], strict=True)),
-        allow_base_mismatch=allow_base_mismatch,
-    )
-    modules = list(dict.fromkeys((*first.modules, *second.modules)))
-    records = []
-    inner = 0.0
-    for done, module in enumerate(modules):
-        left, right = (_wide(m, module) for m in (first, second))
-        norm_a, norm_b = (_norm(p) for p in (left, right))
-        difference = _norm(_minus(left, right))
-        product = _inner(left, right)
-        inner += product
-        (U_a, V_a), (U_b, V_b) = (_spaces(p) for p in (left, right))
-        shared = bool(U_a.shape[1] and U_b.shape[1])
-        largest = max(norm_a, norm_b)
-        records.append(
-            LayerDiff(
-                module=module,
-                norm_a=norm_a,
-                norm_b=norm_b,
-                difference=difference,
-                relative=difference / largest if largest else 0.0,
-                cosine=_cosine(product, norm_a, norm_b),
-                rank_a=U_a.shape[1],
-                rank_b=U_b.shape[1],
-                output_angles=_degrees(angles(U_a, U_b)) if shared else (),
-                input_angles=_degrees(angles(V_a, V_b)) if shared else (),
-            )
-        )
-        if progress is not None:
-            progress("diff", done + 1, len(modules))
-    norm_a, norm_b, difference = (
-        math.sqrt(math.fsum(getattr(r, key) ** 2 for r in records))
-        for key in ("norm_a", "norm_b", "difference")
-    )
-    notes = []
-    if first.dora or second.dora:
-        notes.append(
-            "DoRA is compared by its low-rank part; its magnitudes stand under the other tensors"
-        )
-    return Diff(
-        a=first.id,
-        b=second.id,
-        layers=tuple(records),
-        norm_a=norm_a,
-        norm_b=norm_b,
-        difference=difference,
-        relative=difference / max(norm_a, norm_b) if max(norm_a, norm_b) else 0.0,
-        cosine=_cosine(inner, norm_a, norm_b),
-        only_a=tuple(m for m in first.modules if m not in second.modules),
-        only_b=tuple(m for m in second.modules if m not in first.modules),
-        rest=_rest(first, second),
-        notes=tuple(notes),
-    )
-
-
-_Product: TypeAlias = tuple[Tensor, Tensor]  # (A [r, d_in], B [d_out, r]), float64
-
-
-def _wide(member: Member, module: str) -> _Product | None:
-    if module not in member.modules:
-        return None
-    found = member.factors(module)
-    return found.A.double(), found.B.double()
-
-
-def _minus(left: _Product | None, right: _Product | None) -> _Product | None:
-    if left is None or right is None:
-        return left if right is None else right
-    return torch.cat((left[0], right[0])), torch.cat((left[1], -right[1]), dim=1)
-
-
-def _norm(product: _Product | None) -> float:
-    """‖B A‖ without cancellation: of a product of two triangles."""
-    if product is None:
-        return 0.0
-    A, B = product
-    small = torch.linalg.qr(B).R @ torch.linalg.qr(A.T).R.T
-    return float(torch.linalg.vector_norm(small))
-
-
-def _inner(left: _Product | None, right: _Product | None) -> float:
-    if left is None or right is None:
-        return 0.0
-    return float(((left[1].T @ right[1]) * (left[0] @ right[0].T)).sum())
-
-
-def _cosine(inner: float, a: float, b: float) -> float | None:
-    return max(-1.0, min(1.0, inner / (a * b))) if a and b else None
-
-
-def _spaces(product: _Product | None) -> tuple[_Array, _Array]:
-    """Orthonormal bases of column and row space [d_out, k], [d_in, k]; of numerical rank k."""
-    if product is None:
-        return np.zeros((0, 0)), np.zeros((0, 0))
-    A, B = product
-    q_out, r_out = torch.linalg.qr(B)
-    q_in, r_in = torch.linalg.qr(A.T)
-    U, S, Vh = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
-    k = int((_NOISE * S[0] < S).sum()) if S.numel() and float(S[0]) > 0 else 0
-    return (q_out @ U[:, :k]).numpy(force=True), (q_in @ Vh[:k].T).numpy(force=True)
-
-
-def _degrees(angles: _Array) -> tuple[float, ...]:
-    return tuple(float(x) for x in np.sort(np.degrees(angles)))
-
-
-def _rest(first: Member, second: Member) -> dict[str, float | None]:
-    mine, theirs = first.rest, second.rest
-    found: dict[str, float | None] = {}
-    for key in dict.fromkeys((*mine, *theirs)):
-        if key not in mine or key not in theirs:
-            found[key] = None
-            continue
-        a, b = mine[key].double(), theirs[key].double()
-        if a.shape != b.shape:
-            found[key] = None
-            continue
-        largest = max(float(a.norm()), float(b.norm()))
-        found[key] = float((a - b).norm()) / largest if largest else 0.0
-    return found
-
-
-# Coverage ----------------------------------------------------------------------------------------
-
-
-class Subspace(Protocol):
-    """What :func:`coverage` needs of a subspace, e.g. a ``SharedSubspace``."""
-
-    @property
-    def modules(self) -> Sequence[str]:
-        """The layers that it has."""
-
-    def up(self, module: str) -> Tensor:
-        """U [d_out, k]."""
-
-    def down(self, module: str) -> Tensor:
-        """V [k, d_in]."""
-
-
-@dataclass(frozen=True)
-class LayerCoverage:
-    """Shares of ‖ΔW‖² of one layer.
-
-    Attributes:
-        module: Name of the layer.
-        norm: ‖ΔW‖.
-        both: Share inside both spaces.
-        output: Share of it whose columns are inside the column space.
-        input: Share of it whose rows are inside the row space.
-    """
-
-    module: str
-    norm: float
-    both: float
-    output: float
-    input: float
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How much of an adapter lies in a subspace.
-
-    Attributes:
-        id: The adapter.
-        share: Of ‖ΔW‖² over all layers, in [0, 1]; 1 of an adapter that does nothing.
-        error: √(1 − share), the relative error of its best approximation in the subspace.
-        layers: The same for each layer.
-        missing: Layers that the subspace does not have; nothing of them is covered.
-    """
-
-    id: str
-    share: float
-    error: float
-    layers: tuple[LayerCoverage, ...]
-    missing: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it in types that JSON can hold."""
-        return asdict(self)
-
-
-def coverage(
-    source: Source, subspace: Subspace | Mapping[str, tuple[Tensor | None, Tensor | None]]
-) -> Coverage:
-    """The share of an adapter's ‖ΔW‖² that lies in given spaces of columns and rows.
-
-    Args:
-        source: The adapter.
-        subspace: A ``SharedSubspace``; or module name → (U [d_out, k], V [l, d_in]), where
-            ``None`` stands for the whole space. They need not be orthonormal.
-
-    Raises:
-        AdapterFileError: If the adapter cannot be read.
-        ConfigError: If a basis does not fit its layer.
-        UnsupportedFeatureError: If it has no low-rank factors.
-    """
-    (member,) = open_members({default_ids([source])[0]: source})
-    given = (
-        subspace
-        if isinstance(subspace, Mapping)
-        else {
-            m: (subspace.up(m), subspace.down(m)) for m in subspace.modules if m in member.modules
-        }
-    )
-    layers: list[LayerCoverage] = []
-    missing: list[str] = []
-    for module in member.modules:
-        found = member.factors(module)
-        product = found.A.double(), found.B.double()
-        norm = _norm(product)
-        if module not in given:
-            missing.append(module)
-            layers.append(LayerCoverage(module, norm, 0.0, 0.0, 0.0))
-            continue
-        up, down = given[module]
-        d_in, d_out = found.A.shape[1], found.B.shape[0]
-        for basis, size, name in ((up, (d_out, None), "U"), (down, (None, d_in), "V")):
-            fits = basis is None or (
-                basis.dim() == 2
-                and all(w in (None, s) for w, s in zip(size, basis.shape, strict=True))
-            )
-            if not fits:
-                assert basis is not None
-                raise ConfigError(
-                    f"The basis {name} does not fit the layer.",
-                    expected=[s if s is not None else "any" for s in size],
-                    got=list(basis.shape),
-                    key=module,
-                )
-        A, B = product
-        inside_B = B if up is None else _orthonormal(up).T @ B
-        inside_A = A if down is None else A @ _orthonormal(down.T)
-
-        def share(A: Tensor, B: Tensor, norm: float = norm) -> float:
-            return min(1.0, (_norm((A, B)) / norm) ** 2) if norm else 1.0
-
-        layers.append(
-            LayerCoverage(
-                module, norm, share(inside_A, inside_B), share(A, inside_B), share(inside_A, B)
-            )
-        )
-    total = math.fsum(layer.norm**2 for layer in layers)
-    inside = math.fsum(layer.norm**2 * layer.both for layer in layers)
-    share_of_all = inside / total if total else 1.0
-    return Coverage(
-        member.id,
-        share_of_all,
-        math.sqrt(max(0.0, 1.0 - share_of_all)),
-        tuple(layers),
-        tuple(missing),
-    )
-
-
-def _orthonormal(columns: Tensor) -> Tensor:
-    """An orthonormal basis [d, k] of the space of the columns, whatever their rank."""
-    U, S, _ = torch.linalg.svd(columns.detach().double(), full_matrices=False)
-    noise = torch.finfo(torch.float32).eps * max(columns.shape)
-    found: Tensor = U[:, noise * S[:1] < S]
-    return found

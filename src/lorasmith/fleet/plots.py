@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorasmith.diagnostics.plots import COLUMN, PAGE, save
-from lorasmith.fleet.analysis import Clusters, Embedding, _scipy, clusters
+from lorasmith.fleet.analysis import Clusters, Embedding, clusters, scipy_part
 from lorasmith.fleet.benchmark import FleetBenchmark, Setting
 from lorasmith.fleet.similarity import SimilarityMatrix
 from lorasmith.theme import GRID, INK, MUTED, SERIES, canvas
@@ -118,7 +118,7 @@ def dendrogram(groups: Clusters, *, width: float = PAGE) -> Figure:
         axes = figure.add_subplot()
         order = list(groups.order)
         if n > 1:
-            drawn = _scipy("cluster.hierarchy").dendrogram(groups.merges, no_plot=True)
+            drawn = scipy_part("cluster.hierarchy").dendrogram(groups.merges, no_plot=True)
             order = drawn["leaves"]
             where = _leaf_groups(groups, order)
             for heights, places in zip(drawn["dcoord"], drawn["icoord"], strict=True):

@@ -21,7 +21,7 @@ adapt counts as ΔW = 0. Hence
 
 Products are float32 by default: cosines are good to about 1e-6, and distances below about
 5e-4 of the norms are rounding, which ``dtype=torch.float64`` takes away at twice the time.
-``analysis.diff`` of one pair always takes the exact way.
+``differences.diff`` of one pair always takes the exact way.
 
 What is not in it: ``modules_to_save`` and the LoRA of an embedding; and of DoRA the rescaling
 by its magnitudes, as long as there is no ``model``: then the change is that of the low-rank
