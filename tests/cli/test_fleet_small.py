@@ -139,7 +139,7 @@ def test_a_directory_of_several_is_not_an_adapter_to_add(call: Any, fleets: Path
 
 
 @pytest.mark.parametrize("basis", ["joint", "share"])
-@pytest.mark.parametrize("how", ["compress", "stream", "add", "absorb", "analyze"])
+@pytest.mark.parametrize("how", ["compress", "stream", "add", "absorb", "analyze", "info"])
 def test_there_is_a_bar(
     call: Any, fleets: Path, basis: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +161,7 @@ def test_there_is_a_bar(
         "add": ["add", fleet, mixed / "b"],
         "absorb": ["add", fleet, mixed / "b", "--absorb"],
         "analyze": ["analyze", mixed, "--subspace", fleet],
+        "info": ["info", mixed],
     }[how]
     called = call("fleet", *arguments, "--json")
     assert called.code == 0

@@ -296,9 +296,17 @@ def info(
             _subspace_info(paths[0], common)
             return 0
         from lorasmith.fleet.members import open_members
+        from lorasmith.progress import bar
 
-        members = open_members(sources_of(paths), allow_base_mismatch=allow_base_mismatch)
-        described = [_described(m) for m in members]
+        described: list[dict[str, Any]] = []
+        with bar(stderr(), shown=not common.quiet) as progress:
+            members = open_members(
+                sources_of(paths), allow_base_mismatch=allow_base_mismatch, progress=progress
+            )
+            for member in members:
+                described.append(_described(member))
+                if progress is not None:
+                    progress("read", len(described), len(members))
         payload = {
             "base": next((m.weights.base.name for m in members if m.weights.base.name), None),
             "adapters": described,

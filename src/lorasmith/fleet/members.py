@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -44,6 +44,7 @@ def open_members(
     *,
     allow_base_mismatch: bool = False,
     needs: Literal["factors", "delta"] = "factors",
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Member]:
     """Opens adapters as the members of a fleet.
 
@@ -56,6 +57,7 @@ def open_members(
             models. Layers of the same name must have the same sizes all the same.
         needs: ``"delta"`` also admits adapters whose change is not B A, for what works on
             effective deltas (``Member.delta`` with the base weight).
+        progress: Called with ("open", adapters opened, adapters).
 
     Raises:
         AdapterFileError: If one cannot be read, or there is none.
@@ -89,7 +91,11 @@ def open_members(
         raise ConfigError(
             "Two adapters have the same id.", expected="unique ids", got=repr(twice[0]), key="ids"
         )
-    members = [admit(n, source, needs) for n, source in zip(names, given, strict=True)]
+    members = []
+    for name, source in zip(names, given, strict=True):
+        members.append(admit(name, source, needs))
+        if progress is not None:
+            progress("open", len(members), len(given))
     check = BaseCheck(allow_base_mismatch=allow_base_mismatch)
     for member in members:
         check.add(member)

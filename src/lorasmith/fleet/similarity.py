@@ -300,7 +300,8 @@ def similarity(
         dtype: Of the products.
         allow_base_mismatch: See :func:`~lorasmith.fleet.open_members`; also of ``model``.
         memory: Bytes that the factors of one layer may take at a time.
-        progress: Called with ("similarity", layers done, layers).
+        progress: Called with ("open", adapters opened, adapters), then with ("similarity",
+            layers done, layers).
 
     Raises:
         AdapterFileError: If an adapter cannot be read or a layer is not in the model.
@@ -313,6 +314,7 @@ def similarity(
         ids,
         allow_base_mismatch=allow_base_mismatch,
         needs="factors" if model is None else "delta",
+        progress=progress,
     )
     layers: list[LayerGram] = []
     names: list[str] = []

@@ -184,7 +184,9 @@ class SharedSubspace:
         options.check_choice("basis", basis, options.BASES)
         options.check_choice("core", core, options.CORES)
         options.check_gauge(gauge)
-        members = open_members(sources, ids, allow_base_mismatch=allow_base_mismatch)
+        members = open_members(
+            sources, ids, allow_base_mismatch=allow_base_mismatch, progress=progress
+        )
         sizes = making.sizes_of(members)
         stacks = Stacks(members, list(sizes), sizes, memory=memory, progress=progress)
         base, budget = making.base_of(members), options.budget_of(target)
