@@ -12,6 +12,7 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["MPLBACKEND"] = "Agg"
 
+import gc
 import ipaddress
 import random
 import shutil
@@ -31,6 +32,18 @@ ROOT = Path(__file__).resolve().parents[1]
 # fail again when it is run again.
 settings.register_profile("lorasmith", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("lorasmith")
+
+
+# Everything that is imported stays until the end: to look through it for rubbish again and again
+# takes a sixth of the time of the small tests, and most of that of each ``gc.collect()``.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Everything has been imported."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 class NetworkUsedError(OSError):
