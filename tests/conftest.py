@@ -40,10 +40,19 @@ gc.disable()
 
 
 def pytest_collection_finish() -> None:
-    """Everything has been imported."""
+    """The modules of the tests have been imported."""
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """After the last test of a file: what it has imported stays as well."""
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 class NetworkUsedError(OSError):
