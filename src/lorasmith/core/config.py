@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias, cast
 
-from lorasmith.core.patterns import check_regex, value_for
+from lorasmith.core.patterns import check_amount, check_regex, value_for
 from lorasmith.errors import ConfigError
 
 __all__ = [
@@ -47,7 +47,9 @@ def as_names(value: Targets | None, field_name: str) -> tuple[str, ...]:
                 got=repr(value),
                 key=field_name,
             )
-    return cast("tuple[str, ...]", items)
+    names = cast("tuple[str, ...]", items)
+    check_amount([n[3:] for n in names if n.startswith("re:")], key=field_name)
+    return names
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,10 @@ takes exponential time in Python's own ``re``, which cannot be interrupted. The 
 package can, and one match may take ``TIME_LIMIT``. A file may hold many slow patterns and a
 model has many names, so what a match or a compilation takes beyond the usual microseconds is
 drawn from an allowance of ``TIME_LIMIT`` that all share, and that fills up again at a hundredth
-of the time that passes. A sane pattern never draws on it. Compiling cannot be interrupted:
-very long patterns, large counts and recursion (which ``re``, and so PEFT, does not have) are
-refused before.
+of the time that passes. Where it is used up, only patterns are refused that have drawn on it
+themselves: after a slow pattern of one adapter the sane ones of the next are matched as ever.
+Compiling cannot be interrupted: very long patterns, large counts and recursion (which ``re``, and
+so PEFT, does not have) are refused before.
 
 Names and lists of names, which nearly all patterns are, are told by their form and matched
 without regular expressions, with the same result.
@@ -20,7 +21,9 @@ import functools
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import regex
@@ -28,6 +31,7 @@ import regex
 from lorasmith.errors import ConfigError
 
 __all__ = [
+    "check_amount",
     "check_regex",
     "first_matching_key",
     "match_beginning",
@@ -42,8 +46,13 @@ T = TypeVar("T")
 TIME_LIMIT = 0.5
 #: Seconds of processor time that a match, and a compilation, may take without drawing on that.
 _USUAL, _COMPILING = 30e-6, 3e-3
-#: Characters of a pattern; the product of its counts; patterns of one mapping.
+#: Seconds that a pattern may have drawn and not be a slow one: now and then a match of any takes
+#: a while, when memory is not at hand. They are forgotten at this share of the time that passes.
+_NOISE, _FORGOTTEN = 2e-3, 1e-4
+#: Characters of a pattern; the product of its counts; patterns of one mapping or list.
 _LONGEST, _COUNTS, _MOST = 8192, 10_000, 100
+#: Patterns of which it is known what they have drawn.
+_REMEMBERED = 1024
 _COUNT = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*))?")
 _RECURSION = re.compile(r"\(\?(?:R|[+-]?\d|&|P>)")
 #: The end of a module's name: nothing in it but dots is special, and a dot is one character.
@@ -52,22 +61,39 @@ _NAME = re.compile(r"(?:[\w-]|\\?\.)+", re.ASCII)
 _NAMES = re.compile(r"(?:[\w-]|\\[.-])+(?:\|(?:[\w-]|\\[.-])+)*", re.ASCII)
 
 
+@dataclass
+class _Spent:
+    """Seconds that were drawn, less what was given back at a share of the time that passes."""
+
+    seconds: float = 0.0
+    when: float = 0.0
+
+    def add(self, seconds: float, now: float, back: float) -> float:
+        self.seconds = max(0.0, self.seconds - (now - self.when) * back) + seconds
+        self.when = now
+        return self.seconds
+
+
 class _Allowance:
-    """Seconds that slow matches of this process have taken, less what was given back."""
+    """What slow matches of this process have taken, in all and by pattern."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._spent, self._when = 0.0, time.monotonic()
+        self._all = _Spent()
+        self._each: OrderedDict[str, _Spent] = OrderedDict()
 
-    def spend(self, seconds: float) -> bool:
-        """Draws on it, unless ``seconds`` is negative; whether it was enough."""
+    def spend(self, pattern: str, seconds: float) -> bool:
+        """Draws on it, unless ``seconds`` is negative; whether the pattern may go on."""
         if seconds <= 0:
             return True
         with self._lock:
             now = time.monotonic()
-            kept = max(0.0, self._spent - (now - self._when) / 100)
-            self._spent, self._when = kept + seconds, now
-            return self._spent <= TIME_LIMIT
+            together = self._all.add(seconds, now, 1e-2)
+            own = self._each.setdefault(pattern, _Spent()).add(seconds, now, _FORGOTTEN)
+            self._each.move_to_end(pattern)
+            if len(self._each) > _REMEMBERED:
+                self._each.popitem(last=False)
+            return together <= TIME_LIMIT or own <= _NOISE
 
 
 _allowance = _Allowance()
@@ -89,7 +115,7 @@ def _compiled(pattern: str) -> Any:
         raise ValueError("it calls itself, or a group of its own")
     started = time.thread_time()
     compiled = regex.compile(pattern)
-    if not _allowance.spend(time.thread_time() - started - _COMPILING):
+    if not _allowance.spend(pattern, time.thread_time() - started - _COMPILING):
         raise ValueError("compiling it and others took too long")
     return compiled
 
@@ -118,6 +144,26 @@ def _compile(pattern: str, key: str) -> Any:
             expected="a regular expression for names of modules",
             got=pattern[:200],
         ) from error
+
+
+def check_amount(parts: Iterable[str], *, key: str) -> None:
+    """Refuses a list with too many patterns that are more than a name.
+
+    Raises:
+        ConfigError: If there are over 100.
+    """
+    _check_amount([p for p in parts if not _NAME.fullmatch(p)], key=key)
+
+
+def _check_amount(expressions: Sequence[str], *, key: str | None) -> None:
+    if len(expressions) > _MOST:
+        raise ConfigError(
+            "There are too many regular expressions.",
+            key=key or expressions[0],
+            expected=f"at most {_MOST} that are more than the end of a name",
+            got=len(expressions),
+            fix="name the modules",
+        )
 
 
 def matches_regex(pattern: str, name: str, *, key: str = "targets") -> bool:
@@ -150,10 +196,10 @@ def _timed(match: Callable[..., Any], pattern: str, name: str, key: str) -> Any:
     started = time.thread_time()
     try:
         found = match(name, timeout=TIME_LIMIT)
-        if _allowance.spend(time.thread_time() - started - _USUAL):
+        if _allowance.spend(pattern, time.thread_time() - started - _USUAL):
             return found
     except TimeoutError:
-        _allowance.spend(TIME_LIMIT)
+        _allowance.spend(pattern, TIME_LIMIT)
     except (RecursionError, MemoryError):
         pass
     raise ConfigError(
@@ -228,14 +274,7 @@ def first_matching_key(keys: Iterable[str], name: str) -> str | None:
     if not listed:
         return None
     known = _sorted(listed)
-    if len(known.others) > _MOST:
-        raise ConfigError(
-            "There are too many regular expressions.",
-            key=known.others[0][1],
-            expected=f"at most {_MOST} keys that are more than the end of a name",
-            got=len(known.others),
-            fix="name the modules",
-        )
+    _check_amount([key for _, key in known.others], key=None)
     # No dot stands for a line end, so that such names go the long way.
     best = known.first(name) if "\n" not in name else None
     if "\n" in name:

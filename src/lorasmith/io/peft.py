@@ -13,7 +13,7 @@ from typing import Any
 import regex
 from torch import nn
 
-from lorasmith.core.patterns import match_beginning, matches_regex
+from lorasmith.core.patterns import check_amount, match_beginning, matches_regex
 from lorasmith.core.state import SAVED, SLOT
 from lorasmith.core.targets import ROLES
 from lorasmith.errors import AdapterFileError
@@ -202,6 +202,7 @@ def targeted(
     if exclude:
         chosen = {n for n in chosen if not _matches(exclude, n, "exclude_modules")}
     saved = (*(fields.get("modules_to_save") or ()), *implied_modules(fields.get("task_type")))
+    check_amount(saved, key="modules_to_save")
     return {n for n in chosen if not _out_of_reach(n, saved)}
 
 
@@ -211,6 +212,7 @@ def _in_layers(fields: Mapping[str, Any], name: str) -> bool:
         return True
     wanted = {layers} if isinstance(layers, int) else set(layers)
     patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]
+    check_amount(patterns, key="layers_pattern")
     for pattern in patterns:
         whole = rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
         found = match_beginning(whole, name, key="layers_pattern")
