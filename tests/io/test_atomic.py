@@ -262,6 +262,18 @@ def test_waiting_for_another_writer_ends(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no /proc")
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="refused by its permissions")
+def test_where_no_file_can_be_made_nobody_waits() -> None:
+    """It waited for two minutes: to the lock it looks as if another process had it."""
+    with (
+        pytest.raises(AdapterFileError, match="No file can be made") as caught,
+        atomic.locked(Path("/proc/adapter"), timeout=600),
+    ):
+        pass
+    assert caught.value.file == "/proc"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be deleted there")
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_finished_file_is_not_abandoned_before_it_has_its_name(

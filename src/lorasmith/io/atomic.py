@@ -73,14 +73,25 @@ def locked(target: Path, *, timeout: float | None = None) -> Iterator[None]:
 
     Raises:
         AdapterFileError: If another process keeps it longer than ``timeout`` seconds
-            (default ``LOCK_TIMEOUT``).
+            (default ``LOCK_TIMEOUT``), or the directory takes no file.
     """
     from filelock import FileLock, Timeout
 
     seconds = LOCK_TIMEOUT if timeout is None else timeout
-    lock = FileLock(_sibling(target, "lock"))
+    file = _sibling(target, "lock")
+    lock = FileLock(file)
     try:
-        lock.acquire(timeout=seconds)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            # Where no file can be made, as below /proc, the lock waits as if somebody had it.
+            if not file.exists():
+                raise AdapterFileError(
+                    "No file can be made in this directory.",
+                    file=target.parent,
+                    fix="choose another place to write to",
+                ) from error
+            lock.acquire(timeout=seconds)
     except Timeout as error:
         raise AdapterFileError(
             f"Another process has been writing here for over {seconds:g} s.",
