@@ -275,6 +275,13 @@ CONFIGS: dict[str, Hostile] = {
         file=CONFIG,
         key="",
     ),
+    # Each is a little slow. Whether they are refused is a matter of the machine, but not when.
+    "a hundred slow patterns": Hostile(
+        fields(rank_pattern={rf"(\w|\.|{n})*(\w|\.)*y": 3 for n in range(100)}),
+        file=CONFIG,
+        key="",
+        by=(),
+    ),
     "pattern that counts to 1e9": Hostile(
         fields(alpha_pattern={"a{1000000000}": 3}), file=CONFIG, key="alpha_pattern"
     ),

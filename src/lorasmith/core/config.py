@@ -207,6 +207,7 @@ def checked_pattern(
             got=repr(value),
             key=key,
         )
+    check_amount(value, key=key)
     for pattern, item in value.items():
         check_regex(pattern, key=key)
         check(item, f"{key}[{pattern!r}]")
