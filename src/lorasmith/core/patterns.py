@@ -45,10 +45,10 @@ T = TypeVar("T")
 #: Seconds that one match of one name may take, and that slow ones may take together.
 TIME_LIMIT = 0.5
 #: Seconds of processor time that a match, and a compilation, may take without drawing on that.
-_USUAL, _COMPILING = 30e-6, 3e-3
+_USUAL, _COMPILING = 30e-6, 1e-3
 #: Seconds that a pattern may have drawn and not be a slow one: now and then a match of any takes
 #: a while, when memory is not at hand. They are forgotten at this share of the time that passes.
-_NOISE, _FORGOTTEN = 2e-3, 1e-4
+_NOISE, _FORGOTTEN = 1e-3, 1e-4
 #: Characters of a pattern; the product of its counts; patterns of one mapping or list.
 _LONGEST, _COUNTS, _MOST = 8192, 10_000, 100
 #: Patterns of which it is known what they have drawn.
