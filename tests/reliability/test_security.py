@@ -175,8 +175,7 @@ def test_expressions_that_take_long_to_compile_are_refused(pattern: str) -> None
     assert len(str(caught.value)) < 2000
 
 
-def test_many_slow_expressions_share_one_allowance(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patterns, "_allowance", patterns._Allowance())
+def test_many_slow_expressions_share_one_allowance() -> None:
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(1000)]
 
     def match_all() -> None:
@@ -184,8 +183,11 @@ def test_many_slow_expressions_share_one_allowance(monkeypatch: pytest.MonkeyPat
             for name in names:
                 patterns.matches_regex(rf"(\w|\.|{number})*(\w|\.)*(\w|\.)*(\w|\.)y", name)
 
-    with pytest.raises(ConfigError, match="took over"):
+    with pytest.raises(ConfigError, match="took over"), patterns.one_operation():
         match_all()
+    # The next operation has its own, and so have the threads of a server.
+    with patterns.one_operation():
+        assert patterns.matches_regex(r"(\w|\.)*proj", names[0])
 
 
 def test_a_slow_expression_does_not_lead_to_the_refusal_of_others(
@@ -197,14 +199,17 @@ def test_a_slow_expression_does_not_lead_to_the_refusal_of_others(
     for _ in range(2):
         with pytest.raises(ConfigError, match="took over"):
             patterns.matches_regex(SLOW, name * 3)
-    # As if every match of a sane one took long now and then.
+    # As if every match of a sane one took as long as with many threads.
     clock = iter(range(10**6))
-    monkeypatch.setattr(patterns.time, "thread_time", lambda: next(clock) * 4e-5)
-    for _ in range(100):
+    monkeypatch.setattr(patterns.time, "thread_time", lambda: next(clock) * 1e-4)
+    for _ in range(1000):
         assert patterns.first_matching_key([r".*_proj"], name) == ".*_proj"
+    with patterns.one_operation():
+        for _ in range(1000):
+            assert patterns.first_matching_key([r".*_proj"], name) == ".*_proj"
     # A slow one is refused where others have used up what there is.
     assert patterns.matches_regex(r".*[qk]_proj", name)
-    monkeypatch.setattr(patterns.time, "thread_time", lambda: next(clock) * 1e-2)
+    monkeypatch.setattr(patterns.time, "thread_time", lambda: next(clock) * 0.2)
     with pytest.raises(ConfigError, match="together with others"):
         patterns.matches_regex(r".*[qk]_proj", name)
 

@@ -33,6 +33,7 @@ from lorasmith.core.layers import LayerInfo, device_of
 from lorasmith.core.lowrank import Siblings, no_autocast
 from lorasmith.core.mixing import Choice, Plan, describe, names_in, plan_of, without
 from lorasmith.core.originals import Originals, Source
+from lorasmith.core.patterns import one_operation
 from lorasmith.core.registry import variant_of
 from lorasmith.core.state import (
     SAVED,
@@ -52,6 +53,7 @@ from lorasmith.errors import AttachError, ConfigError, FuseError
 __all__ = ["attach", "detach", "use"]
 
 
+@one_operation()
 def attach(
     model: nn.Module,
     config: AdapterConfig,

@@ -4,9 +4,11 @@ Patterns come from configuration files of strangers, and a pattern such as ``(a+
 takes exponential time in Python's own ``re``, which cannot be interrupted. The ``regex``
 package can, and one match may take ``TIME_LIMIT``. A file may hold many slow patterns and a
 model has many names, so what a match or a compilation takes beyond the usual microseconds is
-drawn from an allowance of ``TIME_LIMIT`` that all share, and that fills up again at a hundredth
-of the time that passes. Where it is used up, only patterns are refused that have drawn on it
-themselves: after a slow pattern of one adapter the sane ones of the next are matched as ever.
+drawn from an allowance of ``TIME_LIMIT`` for each operation (:func:`one_operation`), as reading
+one adapter is. Matches at other times are of patterns that have been through one: those of over a
+millisecond draw from an allowance that all share, and that fills up again at a hundredth of the
+time that passes; where it is used up, only patterns are refused that have drawn on it themselves.
+So a slow pattern of one adapter does not lead to the refusal of the next one's.
 Compiling cannot be interrupted: very long patterns, large counts and recursion (which ``re``, and
 so PEFT, does not have) are refused before.
 
@@ -16,13 +18,15 @@ without regular expressions, with the same result.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -37,6 +41,7 @@ __all__ = [
     "match_beginning",
     "matches_name",
     "matches_regex",
+    "one_operation",
     "value_for",
 ]
 
@@ -44,11 +49,12 @@ T = TypeVar("T")
 
 #: Seconds that one match of one name may take, and that slow ones may take together.
 TIME_LIMIT = 0.5
-#: Seconds of processor time that a match, and a compilation, may take without drawing on that.
-_USUAL, _COMPILING = 30e-6, 1e-3
+#: Seconds of processor time that a match, and a compilation, may take without drawing on that;
+#: and a match outside of an operation, where threads that take turns are no reason to refuse one.
+_USUAL, _COMPILING, _OUTSIDE = 30e-6, 1e-3, 1e-3
 #: Seconds that a pattern may have drawn and not be a slow one: now and then a match of any takes
 #: a while, when memory is not at hand. They are forgotten at this share of the time that passes.
-_NOISE, _FORGOTTEN = 1e-3, 1e-4
+_NOISE, _FORGOTTEN = 5e-2, 1e-4
 #: Characters of a pattern; the product of its counts; patterns of one mapping or list.
 _LONGEST, _COUNTS, _MOST = 8192, 10_000, 100
 #: Patterns of which it is known what they have drawn.
@@ -97,6 +103,33 @@ class _Allowance:
 
 
 _allowance = _Allowance()
+#: Seconds that the operation going on in this thread or task has drawn.
+_operation: ContextVar[_Spent | None] = ContextVar("operation", default=None)
+
+
+@contextlib.contextmanager
+def one_operation() -> Iterator[None]:
+    """What is matched inside has an allowance of its own; also a decorator.
+
+    An operation inside another is part of it.
+    """
+    if _operation.get() is not None:
+        yield
+        return
+    token = _operation.set(_Spent())
+    try:
+        yield
+    finally:
+        _operation.reset(token)
+
+
+def _may_go_on(pattern: str, seconds: float, inside: float, outside: float) -> bool:
+    """Draws what was taken beyond the usual, inside or outside of an operation."""
+    operation = _operation.get()
+    if operation is None:
+        return _allowance.spend(pattern, seconds - outside)
+    operation.seconds += max(0.0, seconds - inside)
+    return operation.seconds <= TIME_LIMIT
 
 
 @functools.lru_cache(maxsize=256)
@@ -115,7 +148,7 @@ def _compiled(pattern: str) -> Any:
         raise ValueError("it calls itself, or a group of its own")
     started = time.thread_time()
     compiled = regex.compile(pattern)
-    if not _allowance.spend(pattern, time.thread_time() - started - _COMPILING):
+    if not _may_go_on(pattern, time.thread_time() - started, _COMPILING, _COMPILING):
         raise ValueError("compiling it and others took too long")
     return compiled
 
@@ -196,10 +229,10 @@ def _timed(match: Callable[..., Any], pattern: str, name: str, key: str) -> Any:
     started = time.thread_time()
     try:
         found = match(name, timeout=TIME_LIMIT)
-        if _allowance.spend(pattern, time.thread_time() - started - _USUAL):
+        if _may_go_on(pattern, time.thread_time() - started, _USUAL, _OUTSIDE):
             return found
     except TimeoutError:
-        _allowance.spend(pattern, TIME_LIMIT)
+        _may_go_on(pattern, TIME_LIMIT, 0.0, 0.0)
     except (RecursionError, MemoryError):
         pass
     raise ConfigError(

@@ -20,7 +20,12 @@ from torch import nn
 
 from lorasmith.core.config import AdapterConfig
 from lorasmith.core.layers import LayerInfo, describe
-from lorasmith.core.patterns import first_matching_key, matches_name, matches_regex
+from lorasmith.core.patterns import (
+    first_matching_key,
+    matches_name,
+    matches_regex,
+    one_operation,
+)
 from lorasmith.core.state import SAVED, SLOT
 from lorasmith.errors import TargetError
 
@@ -158,6 +163,7 @@ def _matches(candidate: Candidate, target: str) -> bool:
     return matches_name(target, candidate.info.name)
 
 
+@one_operation()
 def select(model: nn.Module, config: AdapterConfig) -> list[Candidate]:
     """The layers that ``config`` names, in the model's order.
 

@@ -38,7 +38,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lorasmith.core.patterns import value_for
+from lorasmith.core.patterns import one_operation, value_for
 from lorasmith.core.registry import config_from_dict, variant_of
 from lorasmith.core.variant import Factors
 from lorasmith.errors import (
@@ -391,6 +391,7 @@ def _as_lora(member: Member) -> tuple[Any, dict[str, Any], dict[str, int]]:
     return config, fields, ranks
 
 
+@one_operation()
 def admit(name: str, source: Source, needs: str) -> Member:
     """An adapter as a member of that name, read if need be.
 

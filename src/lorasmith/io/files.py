@@ -26,7 +26,7 @@ from lorasmith.core.attach import check_free, put, refuse_unreadable, trainable_
 from lorasmith.core.config import AdapterConfig, check_number, checked_pattern
 from lorasmith.core.factors import factors_of
 from lorasmith.core.layers import LayerInfo, device_of
-from lorasmith.core.patterns import first_matching_key
+from lorasmith.core.patterns import first_matching_key, one_operation
 from lorasmith.core.quantized import refuse_gradless
 from lorasmith.core.registry import variant_of
 from lorasmith.core.state import LayerAdapter, SharedTensors
@@ -112,6 +112,7 @@ def save(
     return weights.save(path, beside=beside)
 
 
+@one_operation()
 def read_adapter(path: str | os.PathLike[str]) -> AdapterWeights:
     """Reads an adapter without a model; tensors are read one by one when asked for.
 
@@ -360,6 +361,7 @@ def _base(fields: Mapping[str, Any], record: Mapping[str, Any] | None, file: Pat
     return BaseModel(name if isinstance(name, str) and name else None, found, tokenizer)
 
 
+@one_operation()
 def load(
     model: nn.Module,
     path: str | os.PathLike[str],
