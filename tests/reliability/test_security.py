@@ -245,7 +245,8 @@ def test_names_are_matched_as_the_expressions_that_they_are() -> None:
         letters = ["a", "b", ".", "_", "-", "q_proj", "1", "\n" if rng.random() < 0.1 else "a"]
         name = "".join(rng.choices(letters, k=rng.randint(1, 5)))
         wanted = next((k for k in keys if re.fullmatch(rf"(.*\.)?({k})", name)), None)
-        assert patterns.first_matching_key(keys, name) == wanted, (keys, name)
+        for _ in range(2):  # the second answer is remembered
+            assert patterns.first_matching_key(keys, name) == wanted, (keys, name)
         listed = "|".join(re.escape(k.replace("\\", "")) for k in keys[:3])
         assert patterns.matches_regex(listed, name) == bool(re.fullmatch(listed, name))
         matched += wanted is not None

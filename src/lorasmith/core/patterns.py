@@ -57,8 +57,8 @@ _USUAL, _COMPILING, _OUTSIDE = 30e-6, 1e-3, 1e-3
 _NOISE, _FORGOTTEN = 5e-2, 1e-4
 #: Characters of a pattern; the product of its counts; patterns of one mapping or list.
 _LONGEST, _COUNTS, _MOST = 8192, 10_000, 100
-#: Patterns of which it is known what they have drawn.
-_REMEMBERED = 1024
+#: Patterns of which it is known what they have drawn; names of which a mapping's key is known.
+_REMEMBERED, _ANSWERS = 1024, 10_000
 _COUNT = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*))?")
 _RECURSION = re.compile(r"\(\?(?:R|[+-]?\d|&|P>)")
 #: The end of a module's name: nothing in it but dots is special, and a dot is one character.
@@ -271,6 +271,8 @@ class _Keys:
                 start += len(part) + 1
             self.ends.setdefault((start - 1, parts[-1][1]), []).append((place, parts))
         self.tails = sorted({(length, len(tail)) for length, tail in self.ends})
+        #: Name → key that was found. The same is asked of a layer again and again.
+        self.found: dict[str, str | None] = {}
 
     def first(self, name: str) -> int | None:
         """Place of the first of the ends that ``name`` or its dotted end is."""
@@ -307,6 +309,15 @@ def first_matching_key(keys: Iterable[str], name: str) -> str | None:
     if not listed:
         return None
     known = _sorted(listed)
+    if name in known.found:
+        return known.found[name]
+    key = _first(known, listed, name)
+    if len(known.found) < _ANSWERS:
+        known.found[name] = key
+    return key
+
+
+def _first(known: _Keys, listed: tuple[str, ...], name: str) -> str | None:
     _check_amount([key for _, key in known.others], key=None)
     # No dot stands for a line end, so that such names go the long way.
     best = known.first(name) if "\n" not in name else None
